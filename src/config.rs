@@ -1,0 +1,453 @@
+//! The configuration: TOML text in, a stack of stores out.
+//!
+//! Parsing is apart from reading files, so that the daemon, `check-config` and the tests see the same text in the
+//! same way. Every mistake in a text is reported, not only the first.
+
+use std::{
+    fmt,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use crate::store::{AbsolutePath, Conflict, Declaration, Ownership, StoreName, StoreSpec, nearest, stack};
+
+/// Where the configuration is read from when nothing else is said.
+pub const DEFAULT_PATH: &str = "/etc/layered-stores/config.toml";
+
+/// Where stores keep what the configuration gives no place of its own.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/layered-stores";
+
+/// The keys of `[stores.NAME]`.
+const STORE_KEYS: [&str; 9] =
+    ["lower-store", "root", "upper-layer", "work-dir", "owner", "group", "mode", "required", "autostart"];
+
+/// What a configuration's defaults are made from.
+#[derive(Clone, Debug)]
+pub struct Defaults {
+    /// `<state>/stores/<name>/{root,upper,work}` is used where a store names no directory.
+    pub state_dir: AbsolutePath,
+    /// The executable that Nix is told to call as remount hook.
+    pub remount_hook: AbsolutePath,
+}
+
+/// A configuration that has passed every check that can be made without the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// The stores, each after the one it lies on.
+    pub stores: Vec<StoreSpec>,
+}
+
+/// One mistake in a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// Line, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
+    /// The store, key and value, what is wrong with them, and the way out.
+    pub message: String,
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The text holds mistakes.
+    #[error("{}", list(path, diagnostics))]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// All mistakes, in the order of the text.
+        diagnostics: Vec<Diagnostic>,
+    },
+}
+
+fn list(path: &Path, diagnostics: &[Diagnostic]) -> String {
+    let line = |d: &Diagnostic| format!("{}:{d}", path.display());
+    diagnostics.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {}", self.line, self.column, self.message)
+    }
+}
+
+/// Reads and checks a configuration file. A file that does not exist declares no stores.
+///
+/// # Errors
+/// [`ConfigError`] when the file cannot be read or holds mistakes.
+pub fn load(path: &Path, defaults: &Defaults) -> Result<Config, ConfigError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => {
+            parse(&text, defaults).map_err(|diagnostics| ConfigError::Invalid { path: path.to_owned(), diagnostics })
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Config::default()),
+        Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+    }
+}
+
+/// Checks a configuration's text.
+///
+/// # Errors
+/// All mistakes, in the order of the text.
+pub fn parse(text: &str, defaults: &Defaults) -> Result<Config, Vec<Diagnostic>> {
+    let mut reader = Reader { text, defaults, diagnostics: Vec::new() };
+    let config = match DeTable::parse(text) {
+        Ok(document) => reader.document(document.get_ref()),
+        Err(error) => {
+            reader.report(error.span().unwrap_or_default(), error.message().to_owned());
+            Config::default()
+        }
+    };
+    if reader.diagnostics.is_empty() {
+        Ok(config)
+    } else {
+        reader.diagnostics.sort_by_key(|d| (d.line, d.column));
+        Err(reader.diagnostics)
+    }
+}
+
+/// Walks the parsed document and collects mistakes.
+struct Reader<'a> {
+    text: &'a str,
+    defaults: &'a Defaults,
+    diagnostics: Vec<Diagnostic>,
+}
+
+/// Where the values of one store stand in the text.
+struct Places {
+    name: StoreName,
+    store: Range<usize>,
+    keys: Vec<(String, Range<usize>)>,
+}
+
+impl Reader<'_> {
+    fn document(&mut self, document: &DeTable<'_>) -> Config {
+        let mut declarations = Vec::new();
+        let mut places = Vec::new();
+        for (key, value) in document {
+            if key.get_ref() != "stores" {
+                self.unknown_key(None, key, &["stores"]);
+            } else if let Some(stores) = value.get_ref().as_table() {
+                for (name, value) in stores {
+                    if let Some((declaration, place)) = self.store(name, value) {
+                        declarations.push(declaration);
+                        places.push(place);
+                    }
+                }
+            } else {
+                let message = format!("key \"stores\": a table is expected here, not {}", kind(value.get_ref()));
+                self.report(value.span(), format!("{message}; write [stores.NAME]"));
+            }
+        }
+        match stack(declarations, &self.defaults.remount_hook) {
+            Ok(stores) => Config { stores },
+            Err(conflicts) => {
+                // References are checked on what could be read; with mistakes before, a missing store may be one of
+                // those, and reporting it again would only confuse.
+                for conflict in conflicts {
+                    self.conflict(&conflict, &places);
+                }
+                Config::default()
+            }
+        }
+    }
+
+    fn conflict(&mut self, conflict: &Conflict, places: &[Places]) {
+        let Some(place) = places.iter().find(|place| place.name == conflict.store) else { return };
+        let span = place.keys.iter().find(|(key, _)| key == conflict.key).map_or(&place.store, |(_, span)| span);
+        let (store, key, value) = (conflict.store.as_str(), conflict.key, &conflict.value);
+        self.report(span.clone(), format!("store {store:?}: {key} = {value:?}: {conflict}"));
+    }
+
+    fn store(
+        &mut self,
+        name: &Spanned<std::borrow::Cow<'_, str>>,
+        value: &Spanned<DeValue<'_>>,
+    ) -> Option<(Declaration, Places)> {
+        let mistakes = self.diagnostics.len();
+        let store = match name.get_ref().parse::<StoreName>() {
+            Ok(store) => store,
+            Err(error) => {
+                self.report(name.span(), format!("store {:?}: {error}", name.get_ref()));
+                return None;
+            }
+        };
+        let Some(table) = value.get_ref().as_table() else {
+            let found = kind(value.get_ref());
+            self.report(value.span(), format!("store {:?}: a table is expected here, not {found}", store.as_str()));
+            return None;
+        };
+        for (key, _) in table.iter().filter(|(key, _)| !STORE_KEYS.contains(&&**key.get_ref())) {
+            self.unknown_key(Some(&store), key, &STORE_KEYS);
+        }
+        let mut fields = Fields { reader: self, store: &store, table };
+        let lower_store = fields.parsed("lower-store");
+        if table.get("lower-store").is_none() {
+            let message = "key \"lower-store\" is missing; name the store underneath, for example \"daemon\"";
+            fields.reader.report(name.span(), format!("store {:?}: {message}", store.as_str()));
+        }
+        let root = fields.directory("root");
+        let upper_layer = fields.directory("upper-layer");
+        let work_dir = fields.directory("work-dir");
+        let ownership =
+            Ownership { owner: fields.account("owner"), group: fields.account("group"), mode: fields.mode() };
+        let required = fields.flag("required");
+        let autostart = fields.flag("autostart");
+        if self.diagnostics.len() > mistakes {
+            return None;
+        }
+        let keys = table.iter().map(|(key, value)| (key.get_ref().to_string(), value.span())).collect();
+        Some((
+            Declaration {
+                name: store.clone(),
+                lower_store: lower_store?,
+                root: root?,
+                upper_layer: upper_layer?,
+                work_dir: work_dir?,
+                ownership,
+                required,
+                autostart,
+            },
+            Places { name: store, store: name.span(), keys },
+        ))
+    }
+
+    fn unknown_key(&mut self, store: Option<&StoreName>, key: &Spanned<std::borrow::Cow<'_, str>>, valid: &[&str]) {
+        let place = store.map(|store| format!("store {:?}: ", store.as_str())).unwrap_or_default();
+        let hint = match nearest(key.get_ref(), valid.iter().copied()) {
+            Some(nearest) => format!("did you mean {nearest:?}?"),
+            None => format!("the keys are {}", valid.join(", ")),
+        };
+        self.report(key.span(), format!("{place}unknown key {:?}; {hint}", key.get_ref()));
+    }
+
+    fn report(&mut self, span: Range<usize>, message: String) {
+        let before = &self.text[..span.start.min(self.text.len())];
+        let line_start = before.rfind('\n').map_or(0, |i| i + 1);
+        self.diagnostics.push(Diagnostic {
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+            message,
+        });
+    }
+}
+
+/// The values of one store's table.
+struct Fields<'r, 'a, 't> {
+    reader: &'r mut Reader<'a>,
+    store: &'r StoreName,
+    table: &'r DeTable<'t>,
+}
+
+impl Fields<'_, '_, '_> {
+    /// The text of a key, if it is there and is a text.
+    fn text(&mut self, key: &str) -> Option<(String, Range<usize>)> {
+        let value = self.table.get(key)?;
+        match value.get_ref().as_str() {
+            Some(text) => Some((text.to_owned(), value.span())),
+            None => {
+                self.wrong_type(key, value, "a string");
+                None
+            }
+        }
+    }
+
+    /// The value of a key through [`FromStr`](std::str::FromStr).
+    fn parsed<T: std::str::FromStr<Err: fmt::Display>>(&mut self, key: &str) -> Option<T> {
+        let (text, span) = self.text(key)?;
+        text.parse().map_err(|error| self.refuse(key, &text, span, &error)).ok()
+    }
+
+    /// A directory's path, or its default below the state dir.
+    fn directory(&mut self, key: &str) -> Option<AbsolutePath> {
+        if self.table.get(key).is_some() {
+            return self.parsed(key);
+        }
+        let tail = key.split('-').next().unwrap_or(key);
+        let tail = format!("stores/{}/{tail}", self.store);
+        let path = self.reader.defaults.state_dir.join(&tail);
+        path.map_err(|error| {
+            let message = format!("store {:?}: the default of {key}: {error}; set {key}", self.store.as_str());
+            self.reader.report(0..0, message);
+        })
+        .ok()
+    }
+
+    /// A user's or group's name or number. Whether it exists only the machine can tell.
+    fn account(&mut self, key: &str) -> Option<String> {
+        let (text, span) = self.text(key)?;
+        let valid = |c: char| c.is_ascii_alphanumeric() || "_.-$".contains(c);
+        if text.is_empty() || text.starts_with('-') || !text.chars().all(valid) {
+            self.refuse(key, &text, span, &"not the name or number of an account");
+            return None;
+        }
+        Some(text)
+    }
+
+    /// A file mode in octal digits.
+    fn mode(&mut self) -> Option<u32> {
+        let (text, span) = self.text("mode")?;
+        match u32::from_str_radix(&text, 8) {
+            Ok(mode) if mode <= 0o7777 && mode & 0o700 == 0o700 && mode & 0o002 == 0 => Some(mode),
+            Ok(mode) if mode <= 0o7777 && mode & 0o002 != 0 => {
+                self.refuse("mode", &text, span, &"everybody could write into the store; take the last digit's 2 away");
+                None
+            }
+            _ => {
+                let way_out = "a mode is three or four octal digits that leave the owner all rights, such as \"1775\"";
+                self.refuse("mode", &text, span, &way_out);
+                None
+            }
+        }
+    }
+
+    /// A boolean that is true when it is not given.
+    fn flag(&mut self, key: &str) -> bool {
+        let Some(value) = self.table.get(key) else { return true };
+        value.get_ref().as_bool().unwrap_or_else(|| {
+            self.wrong_type(key, value, "true or false");
+            true
+        })
+    }
+
+    fn refuse(&mut self, key: &str, value: &str, span: Range<usize>, why: &dyn fmt::Display) {
+        self.reader.report(span, format!("store {:?}: {key} = {value:?}: {why}", self.store.as_str()));
+    }
+
+    fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, expected: &str) {
+        let found = kind(value.get_ref());
+        let message = format!("store {:?}: {key}: {expected} is expected here, not {found}", self.store.as_str());
+        self.reader.report(value.span(), message);
+    }
+}
+
+/// A TOML value's type with its article.
+fn kind(value: &DeValue<'_>) -> String {
+    let name = value.type_str();
+    format!("{} {name}", if matches!(name, "array" | "integer") { "an" } else { "a" })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn defaults() -> Defaults {
+        Defaults {
+            state_dir: DEFAULT_STATE_DIR.parse().expect("valid"),
+            remount_hook: "/usr/bin/layered-stores-remount".parse().expect("valid"),
+        }
+    }
+
+    fn mistakes(text: &str) -> Vec<String> {
+        parse(text, &defaults()).expect_err("mistakes").iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn nothing_declares_nothing() {
+        for text in ["", "\n# nothing\n", "[stores]\n"] {
+            assert_eq!(parse(text, &defaults()), Ok(Config::default()), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn every_directory_has_a_default_below_the_state_dir() {
+        let config = parse("[stores.ci]\nlower-store = \"daemon\"\n", &defaults()).expect("valid");
+        let ci = &config.stores[0];
+        assert_eq!(ci.layers.lower.as_str(), "/nix/store");
+        assert_eq!(ci.root.as_str(), "/var/lib/layered-stores/stores/ci/root");
+        assert_eq!(ci.layers.upper.as_str(), "/var/lib/layered-stores/stores/ci/upper");
+        assert_eq!(ci.layers.work.as_str(), "/var/lib/layered-stores/stores/ci/work");
+        assert_eq!(ci.layers.merged.as_str(), "/var/lib/layered-stores/stores/ci/root/nix/store");
+        assert_eq!(ci.state_dir.as_str(), "/var/lib/layered-stores/stores/ci/root/nix/var/nix");
+        assert!(ci.required && ci.autostart);
+    }
+
+    #[test]
+    fn mistakes_name_line_column_store_key_value_and_the_way_out() {
+        for (text, expected) in [
+            ("[stores.ci]\nlower-store = \"a\"b\n", "2:18: unexpected key or value, expected newline, `#`"),
+            ("[stors.ci]\n", "1:2: unknown key \"stors\"; did you mean \"stores\"?"),
+            ("stores = 1\n", "1:10: key \"stores\": a table is expected here, not an integer; write [stores.NAME]"),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nuper-layer = \"/u\"\n",
+                "3:1: store \"ci\": unknown key \"uper-layer\"; did you mean \"upper-layer\"?",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nquota = 1\n",
+                "3:1: store \"ci\": unknown key \"quota\"; the keys are lower-store, root, upper-layer, work-dir, \
+                 owner, group, mode, required, autostart",
+            ),
+            (
+                "[stores.ci]\n",
+                "1:9: store \"ci\": key \"lower-store\" is missing; name the store underneath, for example \"daemon\"",
+            ),
+            (
+                "[stores.CI]\nlower-store = \"/l\"\n",
+                "1:9: store \"CI\": the name holds 'C'; use lower-case letters, digits and '-' only",
+            ),
+            (
+                "[stores.ci]\nlower-store = [\"/l\"]\n",
+                "2:15: store \"ci\": lower-store: a string is expected here, not an array",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nupper-layer = \"up\"\n",
+                "3:15: store \"ci\": upper-layer = \"up\": the path is relative; give an absolute path",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"ssh://host\"\n",
+                "2:15: store \"ci\": lower-store = \"ssh://host\": a \"ssh\" store has no directory on this machine; \
+                 an overlay needs one: use a root directory, \"daemon\", \"local\" or \"layered:NAME\"",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nmode = \"0777\"\n",
+                "3:8: store \"ci\": mode = \"0777\": everybody could write into the store; take the last digit's 2 away",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nrequired = \"yes\"\n",
+                "3:12: store \"ci\": required: true or false is expected here, not a string",
+            ),
+            (
+                "[stores.a]\nlower-store = \"/l\"\n[stores.b]\nlower-store = \"/l\"\nwork-dir = \"/var/lib/layered-stores/stores/a/work\"\n",
+                "5:12: store \"b\": work-dir = \"/var/lib/layered-stores/stores/a/work\": it is also the work-dir of \
+                 store \"a\" (/var/lib/layered-stores/stores/a/work); give each a directory of its own",
+            ),
+            (
+                "[stores.a]\nlower-store = \"layered:b\"\n",
+                "2:15: store \"a\": lower-store = \"layered:b\": no store \"b\" is declared here; declare it, or name another",
+            ),
+        ] {
+            assert_eq!(mistakes(text), [expected], "{text}");
+        }
+    }
+
+    #[test]
+    fn all_mistakes_are_reported_in_the_order_of_the_text() {
+        let text = "[stores.b]\nroot = 1\n[stores.a]\nlower-store = \"/l\"\nworkdir = \"/w\"\n";
+        let lines: Vec<_> = mistakes(text).iter().map(|m| m.split(':').next().map(str::to_owned)).collect();
+        assert_eq!(lines, [Some("1".into()), Some("2".into()), Some("5".into())]);
+    }
+
+    proptest! {
+        /// No text makes the reader panic, and what it accepts it accepts again.
+        #[test]
+        fn any_text_is_read_or_refused(text in "(\\[stores\\.[a-z-]{1,3}\\]\n(lower-store|root|mode) = \"?[a-z/:.0-9é]{0,6}\"?\n){0,3}") {
+            prop_assert_eq!(parse(&text, &defaults()), parse(&text, &defaults()));
+        }
+    }
+}

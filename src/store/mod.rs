@@ -1,0 +1,23 @@
+//! What a layered store *is*: names, paths, URLs, the specification, the stack of stores.
+//!
+//! Nothing here does I/O: everything can be tested with values alone.
+
+mod lower;
+mod name;
+mod path;
+mod spec;
+mod stack;
+mod unit_name;
+
+pub use lower::{LowerStore, LowerStoreError};
+pub use name::{NameError, StoreName};
+pub use path::{AbsolutePath, PathError};
+pub use spec::{Layers, Ownership, StoreSpec};
+pub use stack::{Conflict, Declaration, MAX_DEPTH, Reason, nearest, stack};
+pub use unit_name::{MountUnitName, UnitNameTooLong};
+
+/// Where every Nix store this project layers believes its objects are.
+///
+/// Nix calls it the *store directory*; a store path is only valid below the one it was built for,
+/// so all layers of one store have to share it.
+pub const NIX_STORE_DIR: &str = "/nix/store";

@@ -1,0 +1,92 @@
+//! The specification of one layered store: all that is declared, and all that follows from it.
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+
+use super::{AbsolutePath, LowerStore, MountUnitName, StoreName};
+
+/// What stays as it is in a parameter of a Nix store URL: RFC 3986's unreserved characters and the slash.
+const URL_PARAMETER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+
+/// The four directories of an overlay mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layers {
+    /// The lower store's directory of store objects.
+    pub lower: AbsolutePath,
+    /// Where the objects are that the layered store adds.
+    pub upper: AbsolutePath,
+    /// OverlayFS's scratch directory.
+    pub work: AbsolutePath,
+    /// Where both are merged: Nix's real store dir.
+    pub merged: AbsolutePath,
+}
+
+/// Who owns the directories of a store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ownership {
+    /// User name or number; `root` when absent.
+    pub owner: Option<String>,
+    /// Group name or number; when absent, `nixbld` where it exists and the store is root's, else the owner's.
+    pub group: Option<String>,
+    /// Mode of the upper layer; when absent, 1775 for a store of `nixbld` and 0755 for others.
+    pub mode: Option<u32>,
+}
+
+/// One layered store with every default filled in and every reference resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreSpec {
+    /// The store's name.
+    pub name: StoreName,
+    /// The lower store as declared.
+    pub lower_store: LowerStore,
+    /// The lower store as Nix has to be told about it.
+    pub lower_url: String,
+    /// The directories of its mount.
+    pub layers: Layers,
+    /// The root of the store: `<root>/nix/store` is the real store dir.
+    pub root: AbsolutePath,
+    /// `<root>/nix/var/nix`, with the database.
+    pub state_dir: AbsolutePath,
+    /// The systemd unit of the mount.
+    pub mount_unit: MountUnitName,
+    /// What Nix calls when the merged directory has to be refreshed.
+    pub remount_hook: AbsolutePath,
+    /// Who owns upper layer and state dir.
+    pub ownership: Ownership,
+    /// Whether the daemon is ready only once this store is active.
+    pub required: bool,
+    /// Whether the daemon starts this store by itself.
+    pub autostart: bool,
+}
+
+impl StoreSpec {
+    /// The store URL that Nix opens (`local-overlay://?…`), every escape in place.
+    ///
+    /// `check-mount` is left at Nix's default, which is on: the mounts made here pass it.
+    pub fn uri(&self) -> String {
+        let parameters = [
+            ("root", self.root.as_str()),
+            ("lower-store", self.lower_url.as_str()),
+            ("upper-layer", self.layers.upper.as_str()),
+            ("remount-hook", self.remount_hook.as_str()),
+        ];
+        let parameters: Vec<_> =
+            parameters.map(|(key, value)| format!("{key}={}", utf8_percent_encode(value, URL_PARAMETER))).into();
+        format!("local-overlay://?{}", parameters.join("&"))
+    }
+
+    /// The layered store underneath, if the lower store is one.
+    pub fn lower_name(&self) -> Option<&StoreName> {
+        match &self.lower_store {
+            LowerStore::Layered(name) => Some(name),
+            LowerStore::Nix { .. } => None,
+        }
+    }
+
+    /// Whether going from `self` to `new` needs the mount to be taken down and made again.
+    ///
+    /// The owner and mode of directories that exist are never changed, and `required` and `autostart` are the
+    /// daemon's business alone.
+    pub fn needs_restart_for(&self, new: &Self) -> bool {
+        self.layers != new.layers
+    }
+}
