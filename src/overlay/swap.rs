@@ -1,0 +1,97 @@
+//! Sliding a fresh superblock under a mount, so that no path of the store is missing at any moment.
+//!
+//! A reconfigure drops only directory entries that nobody uses. While a process holds a file open below a path that was
+//! deleted in the upper layer, everybody keeps seeing the deleted path. A second overlay of the same layers has no such
+//! entries: it is attached beneath the old mount (`MOVE_MOUNT_BENEATH`, Linux 6.5) and becomes visible in the instant
+//! the old one is detached. Holders of old files keep them until they close them.
+
+use std::os::fd::AsFd;
+
+use rustix::{
+    fs::CWD,
+    io::Errno,
+    mount::{MountAttrFlags, MoveMountFlags, UnmountFlags},
+};
+
+use super::{
+    context::{ContextError, FsContext, refer_to},
+    options::superblock_options,
+};
+use crate::store::{AbsolutePath, Layers};
+
+/// Why a swap was not made. The old mount is in place and as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum SwapError {
+    /// The old mount cannot be referred to.
+    #[error("cannot refer to the mount at {0}: {1}")]
+    Refer(AbsolutePath, Errno),
+    /// The kernel does not make a second overlay of the same layers.
+    #[error("cannot make a fresh overlay for {0}: {1}")]
+    Create(AbsolutePath, ContextError),
+    /// The kernel does not attach the fresh overlay.
+    #[error("cannot slide a fresh overlay under {0}: {1} (this needs Linux 6.5)")]
+    Attach(AbsolutePath, Errno),
+    /// The old mount stays on top of the fresh one.
+    #[error("cannot detach the old overlay from {0}: {1}")]
+    Detach(AbsolutePath, Errno),
+}
+
+/// What became of the superblock that was swapped out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OldSuperblock {
+    /// It refuses writes from now on, or is gone.
+    Retired,
+    /// A process has a file of it open for writing. Its writes go on into the upper layer.
+    StillWritten,
+}
+
+/// Puts a fresh superblock in place of the mount at the merged directory. Takes well under a millisecond.
+///
+/// # Errors
+/// [`SwapError`]; the merged directory shows the old mount then.
+pub fn swap(layers: &Layers) -> Result<OldSuperblock, SwapError> {
+    let merged = &layers.merged;
+    let old = refer_to(merged.as_str()).map_err(|errno| SwapError::Refer(merged.clone(), errno))?;
+    let fresh = fresh_mount(layers).map_err(|error| SwapError::Create(merged.clone(), error))?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_BENEATH;
+    rustix::mount::move_mount(fresh.as_fd(), "", CWD, merged.as_str(), flags)
+        .map_err(|errno| SwapError::Attach(merged.clone(), errno))?;
+    drop(fresh);
+    detach_top(merged)?;
+    Ok(retire(old))
+}
+
+/// Takes the upper one of two mounts of the same store away: the second half of a swap.
+///
+/// # Errors
+/// [`SwapError::Detach`]; both mounts are in place then.
+pub fn detach_top(merged: &AbsolutePath) -> Result<(), SwapError> {
+    let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    rustix::mount::unmount(merged.as_str(), flags).map_err(|errno| SwapError::Detach(merged.clone(), errno))
+}
+
+fn fresh_mount(layers: &Layers) -> Result<std::os::fd::OwnedFd, ContextError> {
+    let context = FsContext::open("overlay")?;
+    context.set("source", "overlay")?;
+    for (key, value) in superblock_options(layers) {
+        context.set(key, value)?;
+    }
+    context.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)
+}
+
+/// Makes the old superblock refuse writes, so that two superblocks do not write to one upper layer.
+///
+/// This comes after the swap and not before it: made read-only while it still is what the path leads to, it would fail
+/// every build that creates a file in that moment. Nobody can come to it by path any more; only processes with
+/// a directory or file of it open can, and if one of those has it open for writing, the kernel answers `EBUSY` and
+/// its writes go on into files that both superblocks share.
+fn retire(old: std::os::fd::OwnedFd) -> OldSuperblock {
+    let retired = FsContext::pick(&old, "").and_then(|context| {
+        context.set_flag("ro")?;
+        context.reconfigure()
+    });
+    match retired {
+        Err(error) if error.errno() == Errno::BUSY => OldSuperblock::StillWritten,
+        _ => OldSuperblock::Retired,
+    }
+}
