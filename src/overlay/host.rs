@@ -1,4 +1,4 @@
-//! Working in PID 1's mount namespace.
+//! Working in PID 1's mount namespace, and the two system interfaces that Rust calls `unsafe`.
 //!
 //! A hardened service unit (`ProtectSystem=` and the like) lives in a mount namespace of its own, a slave of PID 1's.
 //! A reconfigure from there reaches the host, because it acts on the superblock; a `move_mount(2)` does not, and a
@@ -7,10 +7,14 @@
 //!
 //! This is the one module with `unsafe` code.
 
-use std::fs::File;
-use std::os::fd::AsFd;
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// The mount namespace of PID 1 cannot be entered.
 #[derive(Debug, thiserror::Error)]
@@ -48,4 +52,32 @@ pub fn enter() -> Result<(), EnterError> {
     unshared.map_err(|e| step("unshare(CLONE_FS)")(e.into()))?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
         .map_err(|e| step("setns(CLONE_NEWNS)")(e.into()))
+}
+
+/// Waiting for a descriptor to become ready.
+///
+/// # Errors
+/// When the descriptor cannot be polled.
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn readiness(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` refers to the same open file for as long as it lives, and the `AsyncFd` owns it and gives
+    // no mutable access to it.
+    #[allow(unsafe_code)]
+    let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
+    Ok(registered?)
+}
+
+/// Moves the calling process, which must have no other threads, into a mount namespace of its own, and with `user` into a
+/// user namespace of its own as well, which is what allows it to somebody who is not root.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn private_mount_namespace(user: bool) -> io::Result<()> {
+    let flags = UnshareFlags::NEWNS | if user { UnshareFlags::NEWUSER } else { UnshareFlags::empty() };
+    // SAFETY: `unshare` is unsafe for `CLONE_FILES`, which is not among the flags.
+    #[allow(unsafe_code)]
+    let unshared = unsafe { rustix::thread::unshare_unsafe(flags) };
+    Ok(unshared?)
 }

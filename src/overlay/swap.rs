@@ -70,6 +70,11 @@ pub fn detach_top(merged: &AbsolutePath) -> Result<(), SwapError> {
     rustix::mount::unmount(merged.as_str(), flags).map_err(|errno| SwapError::Detach(merged.clone(), errno))
 }
 
+/// What the kernel says when it is asked for an overlay of these layers; `None` if it makes one.
+pub fn why_not(layers: &Layers) -> Option<String> {
+    fresh_mount(layers).err().map(|error| error.to_string())
+}
+
 fn fresh_mount(layers: &Layers) -> Result<std::os::fd::OwnedFd, ContextError> {
     let context = FsContext::open("overlay")?;
     context.set("source", "overlay")?;

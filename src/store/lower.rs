@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use percent_encoding::percent_decode_str;
+use serde::{Deserialize, Serialize};
 
 use super::{AbsolutePath, NIX_STORE_DIR, NameError, PathError, StoreName};
 
@@ -10,7 +11,8 @@ use super::{AbsolutePath, NIX_STORE_DIR, NameError, PathError, StoreName};
 const LAYERED: &str = "layered:";
 
 /// The store underneath, as the configuration names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub enum LowerStore {
     /// `layered:NAME`: another layered store of this configuration.
     Layered(StoreName),
@@ -47,6 +49,20 @@ pub enum LowerStoreError {
     /// The host's store written as the root directory.
     #[error("the host's own store is written \"daemon\" (through its daemon) or \"local\" (directly)")]
     HostRoot,
+}
+
+impl From<LowerStore> for String {
+    fn from(lower: LowerStore) -> Self {
+        lower.to_string()
+    }
+}
+
+impl TryFrom<String> for LowerStore {
+    type Error = LowerStoreError;
+
+    fn try_from(text: String) -> Result<Self, LowerStoreError> {
+        text.parse()
+    }
 }
 
 impl FromStr for LowerStore {

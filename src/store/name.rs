@@ -2,14 +2,14 @@
 
 use std::{borrow::Borrow, fmt, str::FromStr};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The name of a layered store: `[a-z0-9][a-z0-9-]*`, at most 64 bytes.
 ///
 /// The character set is the intersection of what is comfortable in a path, a systemd unit name, a
 /// D-Bus object path label and a Nix attribute name.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(transparent)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct StoreName(String);
 
 /// Why a text is no [`StoreName`].
@@ -36,6 +36,20 @@ impl StoreName {
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl From<StoreName> for String {
+    fn from(value: StoreName) -> Self {
+        value.0
+    }
+}
+
+impl TryFrom<String> for StoreName {
+    type Error = <Self as FromStr>::Err;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, path::Path, str::FromStr};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// An absolute path that is safe in mount options, `/proc/mounts`, unit files and Nix's check.
 ///
@@ -10,8 +10,8 @@ use serde::Serialize;
 /// undo the escapes of `/proc/mounts`; `fsconfig(2)` takes strings of at most 255 bytes with their
 /// NUL. Paths that hold only `[A-Za-z0-9/._-]`, are normal and shorter than 255 bytes read the same
 /// everywhere.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(transparent)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct AbsolutePath(String);
 
 /// Why a text is no [`AbsolutePath`].
@@ -70,6 +70,20 @@ impl AbsolutePath {
     /// Whether this path is `other` or lies below it.
     pub fn is_within(&self, other: &Self) -> bool {
         self.as_path().starts_with(other.as_path())
+    }
+}
+
+impl From<AbsolutePath> for String {
+    fn from(value: AbsolutePath) -> Self {
+        value.0
+    }
+}
+
+impl TryFrom<String> for AbsolutePath {
+    type Error = <Self as FromStr>::Err;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
     }
 }
 

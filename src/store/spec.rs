@@ -1,6 +1,7 @@
 //! The specification of one layered store: all that is declared, and all that follows from it.
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
 
 use super::{AbsolutePath, LowerStore, MountUnitName, StoreName};
 
@@ -8,7 +9,7 @@ use super::{AbsolutePath, LowerStore, MountUnitName, StoreName};
 const URL_PARAMETER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 
 /// The four directories of an overlay mount.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layers {
     /// The lower store's directory of store objects.
     pub lower: AbsolutePath,
@@ -21,7 +22,7 @@ pub struct Layers {
 }
 
 /// Who owns the directories of a store.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ownership {
     /// User name or number; `root` when absent.
     pub owner: Option<String>,
@@ -32,7 +33,7 @@ pub struct Ownership {
 }
 
 /// One layered store with every default filled in and every reference resolved.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreSpec {
     /// The store's name.
     pub name: StoreName,

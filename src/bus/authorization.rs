@@ -1,0 +1,90 @@
+//! Who may do what: root may do everything, a store's owner may refresh it, and polkit decides the rest.
+
+use std::collections::HashMap;
+
+use zbus::{
+    Connection, fdo,
+    message::{Flags, Header},
+};
+use zbus_polkit::policykit1::{AuthorityProxy, CheckAuthorizationFlags, Subject};
+
+use super::error::{BusError, Result};
+
+/// A polkit action of `data/org.layeredstores1.policy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Action {
+    Start,
+    Stop,
+    Remount,
+    Verify,
+    Reload,
+}
+
+impl Action {
+    fn id(self) -> &'static str {
+        match self {
+            Self::Start => "org.layeredstores1.start",
+            Self::Stop => "org.layeredstores1.stop",
+            Self::Remount => "org.layeredstores1.remount",
+            Self::Verify => "org.layeredstores1.verify",
+            Self::Reload => "org.layeredstores1.reload",
+        }
+    }
+}
+
+/// Asks the bus who a caller is and polkit what it may do.
+#[derive(Clone, Debug)]
+pub(super) struct Authorization {
+    bus: fdo::DBusProxy<'static>,
+    polkit: AuthorityProxy<'static>,
+}
+
+impl Authorization {
+    pub(super) async fn new(connection: &Connection) -> zbus::Result<Self> {
+        let uncached = zbus::proxy::CacheProperties::No;
+        Ok(Self {
+            bus: fdo::DBusProxy::builder(connection).cache_properties(uncached).build().await?,
+            polkit: AuthorityProxy::builder(connection).cache_properties(uncached).build().await?,
+        })
+    }
+
+    /// Lets the caller of a method pass, or says why not.
+    ///
+    /// `owner` is a user who may do this without being asked anything; `store` is shown in the question to others.
+    pub(super) async fn check(
+        &self,
+        call: &Header<'_>,
+        action: Action,
+        store: Option<&str>,
+        owner: Option<u32>,
+    ) -> Result<()> {
+        let denied = |why: String| {
+            let what = store.map(|store| format!(" on store {store:?}")).unwrap_or_default();
+            BusError::access_denied(format!("{}{what} is refused: {why}", action.id()))
+        };
+        let sender = call.sender().ok_or_else(|| denied("the caller is not known to the bus".to_owned()))?;
+        let uid = self.bus.get_connection_unix_user(sender.to_owned().into()).await;
+        let uid = uid.map_err(|error| denied(format!("the bus does not know the caller: {error}")))?;
+        // As systemd does it: root is not asked, so that nothing depends on polkit being there.
+        if uid == 0 || owner == Some(uid) {
+            return Ok(());
+        }
+        let subject = Subject::new_for_message_header(call).map_err(|error| denied(error.to_string()))?;
+        let interactive = call.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);
+        let flags = if interactive {
+            CheckAuthorizationFlags::ALLOW_USER_INTERACTION
+        } else {
+            CheckAuthorizationFlags::empty()
+        };
+        let details: HashMap<&str, &str> = store.map(|store| ("store", store)).into_iter().collect();
+        let answer = self.polkit.check_authorization(&subject, action.id(), &details, flags, "").await;
+        match answer {
+            Ok(answer) if answer.is_authorized => Ok(()),
+            Ok(answer) if answer.is_challenge && !interactive => Err(BusError::interactive_authorization_required(
+                format!("{} needs authentication, and the caller has not offered any; run it as root", action.id()),
+            )),
+            Ok(_) => Err(denied("polkit does not allow it; run it as root".to_owned())),
+            Err(error) => Err(denied(format!("polkit cannot be asked ({error}); run it as root"))),
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Putting the engine's news on the bus.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+};
+
+use zbus::{
+    Connection, fdo,
+    names::InterfaceName,
+    object_server::{Interface as _, SignalEmitter},
+    wire::Variant,
+};
+
+use super::{
+    BUS_NAME, MANAGER_PATH,
+    authorization::Authorization,
+    manager::Manager,
+    store::{Store, problems},
+    store_path,
+};
+use crate::{
+    store::StoreName,
+    supervisor::{Event, Handle, Status, StatusCell},
+};
+
+/// Serves the manager and the stores.
+pub struct Publisher {
+    connection: Connection,
+    handle: Handle,
+    authorization: Authorization,
+    /// Changes that are gathered to be sent as one signal a store: the status as clients know it.
+    changed: BTreeMap<StoreName, (Box<Status>, StatusCell)>,
+}
+
+impl Publisher {
+    /// Serves the manager; stores come with their events.
+    ///
+    /// # Errors
+    /// When the bus does not answer.
+    pub async fn new(connection: Connection, handle: Handle) -> zbus::Result<Self> {
+        let authorization = Authorization::new(&connection).await?;
+        let server = connection.object_server();
+        server.at(MANAGER_PATH, fdo::ObjectManager).await?;
+        let manager = Manager { handle: handle.clone(), authorization: authorization.clone() };
+        server.at(MANAGER_PATH, manager).await?;
+        Ok(Self { connection, handle, authorization, changed: BTreeMap::new() })
+    }
+
+    /// Takes the bus name, from when on clients find the daemon.
+    ///
+    /// # Errors
+    /// When another process has the name, or the bus policy refuses it.
+    pub async fn take_name(&self) -> zbus::Result<()> {
+        self.connection.request_name(BUS_NAME).await.map(drop)
+    }
+
+    /// Takes an event. Changes are sent with the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub async fn publish(&mut self, event: Event) -> zbus::Result<()> {
+        match event {
+            Event::Added(cell) => {
+                let path = cell.read(|status| store_path(status.name()));
+                let (handle, authorization) = (self.handle.clone(), self.authorization.clone());
+                self.connection.object_server().at(path, Store { cell, handle, authorization }).await?;
+            }
+            Event::Changed { old, cell } => {
+                let name = old.name().clone();
+                self.changed.entry(name).or_insert((old, cell));
+            }
+            Event::Removed(name) => {
+                self.changed.remove(&name);
+                self.connection.object_server().remove::<Store, _>(store_path(&name)).await?;
+            }
+            Event::Settled { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Sends the changes gathered so far.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub async fn flush(&mut self) -> zbus::Result<()> {
+        for (name, (old, cell)) in std::mem::take(&mut self.changed) {
+            let changed = cell.read(|new| difference(&old, new));
+            if !changed.is_empty() {
+                let emitter = SignalEmitter::new(&self.connection, store_path(&name))?;
+                let interface: InterfaceName<'_> = Store::name();
+                fdo::Properties::properties_changed(&emitter, interface, changed, Cow::Borrowed(&[])).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The properties that differ, with their new values.
+fn difference(old: &Status, new: &Status) -> HashMap<&'static str, Variant<'static>> {
+    let old: HashMap<_, _> = changing_properties(old).into();
+    changing_properties(new).into_iter().filter(|(name, value)| old.get(name) != Some(value)).collect()
+}
+
+/// The properties that may change in a store's life.
+fn changing_properties(status: &Status) -> [(&'static str, Variant<'static>); 17] {
+    let spec = &status.spec;
+    [
+        ("State", Variant::from(status.state.to_string())),
+        ("StateReason", Variant::from(status.state_reason.clone())),
+        ("Problems", Variant::from(problems(status))),
+        ("StoreUri", Variant::from(spec.uri())),
+        ("LowerStore", Variant::from(spec.lower_store.to_string())),
+        ("LowerStoreDir", Variant::from(spec.layers.lower.to_string())),
+        ("UpperLayer", Variant::from(spec.layers.upper.to_string())),
+        ("WorkDir", Variant::from(spec.layers.work.to_string())),
+        ("RealStoreDir", Variant::from(spec.layers.merged.to_string())),
+        ("MountUnit", Variant::from(spec.mount_unit.to_string())),
+        ("StateDir", Variant::from(spec.state_dir.to_string())),
+        ("Declared", Variant::from(status.declared)),
+        ("Required", Variant::from(spec.required)),
+        ("LastRefreshUSec", Variant::from(status.last_refresh_usec)),
+        ("LastRefresh", Variant::from(status.last_refresh.to_owned())),
+        ("RefreshCount", Variant::from(status.refresh_count)),
+        ("SwapCount", Variant::from(status.swap_count)),
+    ]
+}

@@ -1,0 +1,120 @@
+//! What can be written on the command line.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Parser, Subcommand};
+
+use crate::{
+    config,
+    store::{AbsolutePath, StoreName},
+};
+
+/// Declares, mounts and looks after layered Nix stores.
+///
+/// A layered store is a writable Nix store over a shared read-only one. Stores are declared in
+/// /etc/layered-stores/config.toml; layered-storesd mounts and supervises them.
+#[derive(Debug, Parser)]
+#[command(name = "layered-stores", version, after_help = AFTER_HELP, max_term_width = 100)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify).
+
+Build into the store \"ci\":  nix build --store \"$(layered-stores uri ci)\" …
+Use what was built there:   layered-stores enter ci -- /nix/store/…/bin/hello";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Name all stores and their states
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show how stores are: is it up, what is underneath, what is in it, what is wrong and what to do
+    Status {
+        /// The store; all when none is named
+        name: Option<StoreName>,
+        /// Print JSON: one object for a named store, an array else
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the URL under which Nix opens a store
+    Uri {
+        /// The store
+        name: StoreName,
+    },
+    /// Bring stores up, and those they lie on
+    Start {
+        /// The stores
+        #[arg(required = true)]
+        names: Vec<StoreName>,
+    },
+    /// Take stores down; their data stays
+    Stop {
+        /// The stores
+        #[arg(required = true)]
+        names: Vec<StoreName>,
+    },
+    /// Make the merged view of stores agree with their layers again, as Nix's remount hook does
+    Remount {
+        /// The stores
+        #[arg(required = true)]
+        names: Vec<StoreName>,
+    },
+    /// Look at every path of a store and name those whose merged view is wrong
+    Verify {
+        /// The store
+        name: StoreName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Wait until stores are active
+    Wait {
+        /// The stores; all required ones when none is named
+        names: Vec<StoreName>,
+        /// How long to wait, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+        timeout: u64,
+    },
+    /// Make the daemon read its configuration again; with mistakes in it, the old one stays
+    Reload,
+    /// Check a configuration without a daemon
+    CheckConfig {
+        /// The configuration
+        #[arg(default_value = config::DEFAULT_PATH)]
+        file: PathBuf,
+        /// Where stores live that are given no place of their own
+        #[arg(long, value_name = "DIRECTORY", default_value = config::DEFAULT_STATE_DIR)]
+        state_dir: AbsolutePath,
+        /// Print what is declared as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a command that sees a store at /nix, in a mount namespace of its own
+    Enter {
+        /// The store
+        name: StoreName,
+        /// The command and its arguments; a shell when none is given
+        #[arg(last = true)]
+        command: Vec<OsString>,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    GenerateMan {
+        /// The directory
+        directory: PathBuf,
+    },
+    /// Write the completions for shells into a directory
+    #[command(hide = true)]
+    GenerateCompletions {
+        /// The directory
+        directory: PathBuf,
+    },
+}

@@ -1,0 +1,83 @@
+//! Running a command that sees a store at `/nix`.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{self, ErrorKind},
+    os::unix::process::CommandExt,
+    path::Path,
+    process::Command,
+};
+
+use rustix::{
+    mount::MountPropagationFlags,
+    process::{getegid, geteuid},
+};
+
+use super::client::Properties;
+use crate::overlay::host;
+
+/// Why a command could not be run.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EnterError {
+    #[error("store {0:?} is {1}, not active; start it with `layered-stores start {0}`")]
+    NotActive(String, String),
+    #[error("there is no directory /nix to put the store at; make one with `mkdir /nix`")]
+    NoNix,
+    #[error("cannot make a mount namespace: {0}; run this as root, or allow unprivileged user namespaces")]
+    Namespace(io::Error),
+    #[error("cannot put {from} at /nix: {error}")]
+    Bind { from: String, error: io::Error },
+    #[error("cannot run {command:?}: {error}")]
+    Exec { command: OsString, error: io::Error },
+}
+
+/// Replaces this process by a command that sees the store at `/nix`. Returns only when that fails.
+///
+/// All of `<root>/nix` is put at `/nix`, not the store directory alone: so a superblock that the daemon puts in place later
+/// propagates into the namespace, and an `enter` that runs for days does not go on seeing an old one.
+pub(super) fn enter(store: &Properties, command: Vec<OsString>) -> EnterError {
+    match try_enter(store, command) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    }
+}
+
+fn try_enter(store: &Properties, command: Vec<OsString>) -> Result<std::convert::Infallible, EnterError> {
+    if store.state != "active" {
+        return Err(EnterError::NotActive(store.name.clone(), store.state.clone()));
+    }
+    let nix = store.real_store_dir.trim_end_matches("/store").to_owned();
+    if !Path::new("/nix").is_dir() {
+        return Err(EnterError::NoNix);
+    }
+    let (uid, gid) = (geteuid(), getegid());
+    host::private_mount_namespace(!uid.is_root()).map_err(EnterError::Namespace)?;
+    if !uid.is_root() {
+        map_user(uid.as_raw(), gid.as_raw()).map_err(EnterError::Namespace)?;
+    }
+    let bind = |error: rustix::io::Errno| EnterError::Bind { from: nix.clone(), error: error.into() };
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", slave).map_err(bind)?;
+    rustix::mount::mount_bind_recursive(nix.as_str(), "/nix").map_err(bind)?;
+
+    let mut command = command.into_iter();
+    let program = command.next().unwrap_or_else(|| std::env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into()));
+    let error = Command::new(&program)
+        .args(command)
+        // Nix itself must not take the merged directory for a plain store: it would delete through the overlay.
+        .env("NIX_REMOTE", &store.store_uri)
+        .env("LAYERED_STORE", &store.name)
+        .exec();
+    Err(EnterError::Exec { command: program, error })
+}
+
+/// Keeps user and group what they are inside a new user namespace (user_namespaces(7)).
+fn map_user(uid: u32, gid: u32) -> io::Result<()> {
+    match fs::write("/proc/self/setgroups", "deny") {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::write("/proc/self/uid_map", format!("{uid} {uid} 1\n"))?;
+    fs::write("/proc/self/gid_map", format!("{gid} {gid} 1\n"))
+}

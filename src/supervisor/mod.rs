@@ -1,0 +1,19 @@
+//! The engine: what should be, what is, and what to do about the difference.
+//!
+//! One task owns the state of all stores ([`engine`]). It compares what the configuration and people want with what the
+//! mount table shows ([`plan`]), carries the differences out as operations ([`operation`]), and looks again. Whoever wants
+//! something changed sends a [`Command`] and awaits the answer; whoever wants to know something reads the published
+//! [`Status`].
+
+mod engine;
+mod entry;
+mod error;
+mod mounts;
+mod operation;
+mod plan;
+mod record;
+mod status;
+
+pub use engine::{Command, Engine, Event, Handle, Settings};
+pub use error::Error;
+pub use status::{Problem, State, Status, StatusCell};

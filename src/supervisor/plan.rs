@@ -1,0 +1,293 @@
+//! What to do next about a store, given what is wanted and what is: a pure function.
+//!
+//! Nothing is remembered between two calls but what is in [`View`], so a daemon that was killed and started again comes to
+//! the same answers as one that was not.
+
+use crate::overlay::mountinfo::MountState;
+
+/// What is wanted of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Want {
+    /// Mounted and kept right.
+    Up,
+    /// Not mounted.
+    Down,
+    /// Not mounted, and forgotten: its declaration is gone.
+    Gone,
+}
+
+/// Where the engine believes a store is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Nothing was done about it, or it was taken down.
+    Inactive,
+    /// It was brought up or adopted.
+    Active,
+    /// It was given up on, and stays so while the mount table shows this.
+    Failed {
+        /// What was mounted then.
+        seen: MountState,
+    },
+}
+
+/// The store underneath, if that is a layered store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lower {
+    /// There is none, or it is active.
+    Ready,
+    /// It may become active.
+    Pending,
+    /// It failed or is not wanted.
+    Unavailable,
+}
+
+/// All that a decision depends on.
+#[derive(Clone, Debug)]
+pub(super) struct View<'a> {
+    pub want: Want,
+    pub phase: &'a Phase,
+    pub mount: &'a MountState,
+    pub lower: Lower,
+    /// A specification waits that needs the mount to be made anew.
+    pub respecify: bool,
+    /// A layered store on top of this one is mounted.
+    pub carries: bool,
+    /// The mount was made by the daemon.
+    pub ours: bool,
+    /// A mount that vanished may be made again: it has not happened too often.
+    pub repair: bool,
+    /// An operation that failed may be tried again now.
+    pub retry: bool,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Nothing now.
+    Rest,
+    /// It is not mounted and that is as wanted.
+    Settle,
+    /// Bring it up.
+    Start {
+        /// Its mount was taken away behind the daemon's back.
+        repair: bool,
+    },
+    /// Take over a mount that is right already.
+    Adopt,
+    /// Take the upper of two mounts away, which an interrupted swap left.
+    FinishSwap,
+    /// Take it down.
+    Stop,
+    /// Put the waiting specification in force.
+    Respecify,
+    /// Undo what was prepared and forget it.
+    Forget,
+    /// Give up until something changes.
+    Fail(Failure),
+}
+
+/// Why a store is given up on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// The store underneath is not there.
+    Lower,
+    /// Something is mounted on top of it.
+    Covered(String),
+    /// Something else is mounted in its place.
+    Foreign(String),
+    /// Its mount vanished too often.
+    MountLost,
+    /// It should be taken down, and the mount was not made by the daemon.
+    NotOurs,
+}
+
+/// Decides. Deciding again after the action was carried out converges to [`Action::Rest`].
+pub(super) fn plan(view: &View<'_>) -> Action {
+    let given_up = |failure: Failure| {
+        if *view.phase == (Phase::Failed { seen: view.mount.clone() }) { Action::Rest } else { Action::Fail(failure) }
+    };
+    let down = view.want != Want::Up || view.respecify;
+    match (down, view.mount) {
+        (true, MountState::Absent) => match (view.want, view.phase) {
+            (Want::Gone, _) => Action::Forget,
+            _ if view.respecify => Action::Respecify,
+            (_, Phase::Inactive) => Action::Rest,
+            _ => Action::Settle,
+        },
+        (true, MountState::Mounted { twice: true, .. }) => Action::FinishSwap,
+        (true, MountState::Mounted { .. }) if !view.ours => given_up(Failure::NotOurs),
+        // Those on top go first; until then there is nothing to do.
+        (true, MountState::Mounted { .. }) if view.carries || !view.retry => Action::Rest,
+        (true, MountState::Mounted { .. }) => Action::Stop,
+        // systemd would unmount what is on top, which is not ours to unmount.
+        (true, MountState::Covered { by }) => given_up(Failure::Covered(by.clone())),
+        // Whatever it is, the store is not up.
+        (true, MountState::Foreign { .. }) => match view.want {
+            Want::Gone => Action::Forget,
+            _ if view.respecify => Action::Respecify,
+            _ if *view.phase == Phase::Inactive => Action::Rest,
+            _ => Action::Settle,
+        },
+
+        (false, MountState::Absent) => match view.phase {
+            Phase::Failed { seen: MountState::Absent } if !view.retry => Action::Rest,
+            _ if view.lower == Lower::Pending => Action::Rest,
+            _ if view.lower == Lower::Unavailable => given_up(Failure::Lower),
+            Phase::Active if view.repair => Action::Start { repair: true },
+            Phase::Active => Action::Fail(Failure::MountLost),
+            _ => Action::Start { repair: false },
+        },
+        (false, MountState::Mounted { twice: true, .. }) => Action::FinishSwap,
+        (false, mount @ MountState::Mounted { .. }) => match view.phase {
+            Phase::Active => Action::Rest,
+            Phase::Failed { seen } if seen == mount && !view.retry => Action::Rest,
+            _ if view.lower == Lower::Pending => Action::Rest,
+            _ => Action::Adopt,
+        },
+        (false, MountState::Covered { by }) => given_up(Failure::Covered(by.clone())),
+        (false, MountState::Foreign { what }) => given_up(Failure::Foreign(what.clone())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mount_states() -> impl Strategy<Value = MountState> {
+        prop_oneof![
+            Just(MountState::Absent),
+            (any::<bool>(), any::<bool>()).prop_map(|(read_only, twice)| MountState::Mounted {
+                read_only,
+                twice,
+                unpinned: None
+            }),
+            Just(MountState::Covered { by: "tmpfs".into() }),
+            Just(MountState::Foreign { what: "tmpfs".into() }),
+        ]
+    }
+
+    fn phases() -> impl Strategy<Value = Phase> {
+        prop_oneof![Just(Phase::Inactive), Just(Phase::Active), mount_states().prop_map(|seen| Phase::Failed { seen })]
+    }
+
+    proptest! {
+        /// Whatever the situation: carrying out what is planned, with each action doing what it should, comes to rest, and at
+        /// rest the store is where it should be or something is in the way.
+        #[test]
+        fn every_situation_comes_to_rest(
+            want in prop_oneof![Just(Want::Up), Just(Want::Down), Just(Want::Gone)],
+            mut phase in phases(),
+            mut mount in mount_states(),
+            lower in prop_oneof![Just(Lower::Ready), Just(Lower::Pending), Just(Lower::Unavailable)],
+            mut respecify in any::<bool>(),
+            (carries, mut ours, repair, retry) in any::<(bool, bool, bool, bool)>(),
+        ) {
+            let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None };
+            for _ in 0..8 {
+                let view = View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry };
+                match plan(&view) {
+                    Action::Rest => {
+                        let up = matches!(mount, MountState::Mounted { .. });
+                        match want {
+                            Want::Up if !respecify => prop_assert!(
+                                (up && phase == Phase::Active) || lower != Lower::Ready || matches!(phase, Phase::Failed { .. })
+                            ),
+                            Want::Down if !respecify => prop_assert!(!up || carries || !retry || matches!(phase, Phase::Failed { .. })),
+                            _ => prop_assert!(mount != MountState::Absent),
+                        }
+                        return Ok(());
+                    }
+                    Action::Forget => {
+                        prop_assert_eq!(want, Want::Gone);
+                        let is_ours = matches!(mount, MountState::Mounted { .. } | MountState::Covered { .. });
+                        prop_assert!(!is_ours);
+                        return Ok(());
+                    }
+                    Action::Settle => phase = Phase::Inactive,
+                    Action::Start { .. } => {
+                        prop_assert_eq!(&mount, &MountState::Absent);
+                        prop_assert_eq!(lower, Lower::Ready);
+                        (mount, phase, ours) = (mounted.clone(), Phase::Active, true);
+                    }
+                    Action::Adopt => phase = Phase::Active,
+                    Action::FinishSwap => mount = mounted.clone(),
+                    Action::Stop => {
+                        prop_assert!(ours && !carries, "never unmount what is not ours or is stood on");
+                        (mount, phase) = (MountState::Absent, Phase::Inactive);
+                    }
+                    Action::Respecify => (respecify, phase) = (false, Phase::Inactive),
+                    Action::Fail(_) => phase = Phase::Failed { seen: mount.clone() },
+                }
+            }
+            prop_assert!(false, "no rest");
+        }
+    }
+
+    #[test]
+    fn decisions_are_as_people_expect_them() {
+        let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None };
+        let covered = MountState::Covered { by: "tmpfs".into() };
+        let base = View {
+            want: Want::Up,
+            phase: &Phase::Inactive,
+            mount: &MountState::Absent,
+            lower: Lower::Ready,
+            respecify: false,
+            carries: false,
+            ours: true,
+            repair: true,
+            retry: true,
+        };
+        let failed = Phase::Failed { seen: covered.clone() };
+        for (what, view, action) in [
+            ("a declared store is started", base.clone(), Action::Start { repair: false }),
+            ("a mount that is right is adopted", View { mount: &mounted, ..base.clone() }, Action::Adopt),
+            (
+                "a mount that vanished is made again",
+                View { phase: &Phase::Active, ..base.clone() },
+                Action::Start { repair: true },
+            ),
+            (
+                "a mount that vanishes all the time is not",
+                View { phase: &Phase::Active, repair: false, ..base.clone() },
+                Action::Fail(Failure::MountLost),
+            ),
+            ("a store waits for the one underneath", View { lower: Lower::Pending, ..base.clone() }, Action::Rest),
+            (
+                "a store does not start without the one underneath",
+                View { lower: Lower::Unavailable, ..base.clone() },
+                Action::Fail(Failure::Lower),
+            ),
+            (
+                "a covered store is not usable",
+                View { mount: &covered, phase: &Phase::Active, ..base.clone() },
+                Action::Fail(Failure::Covered("tmpfs".into())),
+            ),
+            ("uncovered, it is usable again", View { mount: &mounted, phase: &failed, ..base.clone() }, Action::Adopt),
+            (
+                "what covers it is not unmounted to stop it",
+                View { mount: &covered, want: Want::Down, ..base.clone() },
+                Action::Fail(Failure::Covered("tmpfs".into())),
+            ),
+            (
+                "what the daemon did not mount it does not unmount",
+                View { mount: &mounted, want: Want::Gone, ours: false, ..base.clone() },
+                Action::Fail(Failure::NotOurs),
+            ),
+            (
+                "a store that carries another one waits for that to go",
+                View { mount: &mounted, want: Want::Down, carries: true, ..base.clone() },
+                Action::Rest,
+            ),
+            (
+                "a changed store is taken down before it is made anew",
+                View { mount: &mounted, phase: &Phase::Active, respecify: true, ..base },
+                Action::Stop,
+            ),
+        ] {
+            assert_eq!(plan(&view), action, "{what}");
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Starting and stopping mount units and waiting for what comes of it.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::StreamExt;
+use tokio::sync::oneshot;
+use zbus::{Connection, wire::OwnedObjectPath};
+
+use super::{
+    manager::{JobRemovedStream, ManagerProxy},
+    mount_unit,
+};
+use crate::store::{MountUnitName, StoreSpec};
+
+/// How long a job may take: systemd's own 90 s for a mount, and some more for what it waits for.
+const JOB_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How many results of jobs that nobody has asked for yet are kept. Other clients' jobs are among them.
+const UNCLAIMED: usize = 4096;
+
+/// What came of a job (`result` of `JobRemoved`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum JobResult {
+    /// The unit is as it was asked to be.
+    Done,
+    /// The unit's own process failed.
+    Failed,
+    /// A unit it requires failed.
+    Dependency,
+    /// It took too long.
+    Timeout,
+    /// Another job took its place, such as that of a shutdown.
+    Canceled,
+    /// Something else.
+    Other(String),
+}
+
+impl From<String> for JobResult {
+    fn from(result: String) -> Self {
+        match result.as_str() {
+            "done" => Self::Done,
+            "failed" => Self::Failed,
+            "dependency" => Self::Dependency,
+            "timeout" => Self::Timeout,
+            "canceled" => Self::Canceled,
+            _ => Self::Other(result),
+        }
+    }
+}
+
+impl fmt::Display for JobResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Dependency => "a unit it requires failed",
+            Self::Timeout => "it took too long",
+            Self::Canceled => "another job took its place",
+            Self::Other(result) => result,
+        })
+    }
+}
+
+/// A mount unit could not be brought where it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum UnitError {
+    /// systemd refused the call.
+    #[error("systemd refuses to {doing} {unit}: {source}")]
+    Refused {
+        /// What was asked for.
+        doing: &'static str,
+        /// The unit.
+        unit: MountUnitName,
+        /// Its answer.
+        source: zbus::Error,
+    },
+    /// A unit of this name exists that was not made by us.
+    #[error(
+        "a unit {0} that is not ours exists already (see `systemctl cat {0}`); \
+         remove it from /etc/fstab or /etc/systemd/system, or name another root"
+    )]
+    Exists(MountUnitName),
+    /// The job ended otherwise than well.
+    #[error("the job to {doing} {unit} did not succeed: {result}; see `journalctl -u {unit}`")]
+    Job {
+        /// What was asked for.
+        doing: &'static str,
+        /// The unit.
+        unit: MountUnitName,
+        /// What came of it.
+        result: JobResult,
+    },
+    /// systemd did not say in time what came of the job.
+    #[error("systemd has not said for {} s what came of the job to {doing} {unit}", JOB_TIMEOUT.as_secs())]
+    NoAnswer {
+        /// What was asked for.
+        doing: &'static str,
+        /// The unit.
+        unit: MountUnitName,
+    },
+}
+
+/// Job results on their way to those who wait for them.
+#[derive(Debug, Default)]
+struct Jobs {
+    waiting: HashMap<OwnedObjectPath, oneshot::Sender<JobResult>>,
+    /// A signal may be handled before the reply that names its job.
+    unclaimed: VecDeque<(OwnedObjectPath, JobResult)>,
+}
+
+/// The mount units of the system.
+#[derive(Clone, Debug)]
+pub struct Units {
+    manager: ManagerProxy<'static>,
+    jobs: Arc<Mutex<Jobs>>,
+}
+
+impl Units {
+    /// Starts to listen for the ends of jobs.
+    ///
+    /// systemd sends `JobRemoved` to the client that made the job even if it never subscribed, so that the flood of
+    /// signals a subscription brings stays away.
+    ///
+    /// # Errors
+    /// When the bus or systemd do not answer.
+    pub async fn connect(connection: &Connection) -> zbus::Result<Self> {
+        let manager =
+            ManagerProxy::builder(connection).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
+        let removed = manager.receive_job_removed().await?;
+        let jobs = Arc::<Mutex<Jobs>>::default();
+        tokio::spawn(dispatch(removed, Arc::clone(&jobs)));
+        Ok(Self { manager, jobs })
+    }
+
+    /// Starts the mount unit of a store and waits until it is mounted.
+    ///
+    /// # Errors
+    /// [`UnitError`]; nothing is mounted then.
+    pub async fn start(&self, spec: &StoreSpec) -> Result<(), UnitError> {
+        const DOING: &str = "start";
+        let unit = &spec.mount_unit;
+        // "fail": never cancel somebody else's job, such as the stop of a shutdown.
+        let start = || self.manager.start_transient_unit(unit.as_str(), "fail", mount_unit::properties(spec), &[]);
+        let job = match start().await {
+            Err(error) if is_named(&error, "org.freedesktop.systemd1.UnitExists") => {
+                // A unit that failed keeps its name until it is reset. One that runs cannot be reset away.
+                let _ = self.manager.reset_failed_unit(unit.as_str()).await;
+                start().await
+            }
+            result => result,
+        };
+        let job = job.map_err(|source| {
+            if is_named(&source, "org.freedesktop.systemd1.UnitExists") {
+                return UnitError::Exists(unit.clone());
+            }
+            UnitError::Refused { doing: DOING, unit: unit.clone(), source }
+        })?;
+        self.wait(job, DOING, unit).await
+    }
+
+    /// Stops a mount unit and waits until it is unmounted.
+    ///
+    /// # Errors
+    /// [`UnitError`]; it is still mounted then, most likely because it is in use.
+    pub async fn stop(&self, unit: &MountUnitName) -> Result<(), UnitError> {
+        const DOING: &str = "stop";
+        match self.manager.stop_unit(unit.as_str(), "fail").await {
+            Ok(job) => self.wait(job, DOING, unit).await,
+            Err(error) if is_named(&error, "org.freedesktop.systemd1.NoSuchUnit") => Ok(()),
+            Err(source) => Err(UnitError::Refused { doing: DOING, unit: unit.clone(), source }),
+        }
+    }
+
+    async fn wait(&self, job: OwnedObjectPath, doing: &'static str, unit: &MountUnitName) -> Result<(), UnitError> {
+        let result = {
+            let mut jobs = lock(&self.jobs);
+            match jobs.unclaimed.iter().position(|(path, _)| *path == job) {
+                Some(i) => Ok(jobs.unclaimed.remove(i).map_or(JobResult::Done, |(_, result)| result)),
+                None => {
+                    let (sender, receiver) = oneshot::channel();
+                    jobs.waiting.insert(job.clone(), sender);
+                    Err(receiver)
+                }
+            }
+        };
+        let result = match result {
+            Ok(result) => Some(result),
+            Err(receiver) => tokio::time::timeout(JOB_TIMEOUT, receiver).await.ok().and_then(Result::ok),
+        };
+        match result {
+            Some(JobResult::Done) => Ok(()),
+            Some(result) => Err(UnitError::Job { doing, unit: unit.clone(), result }),
+            None => {
+                lock(&self.jobs).waiting.remove(&job);
+                Err(UnitError::NoAnswer { doing, unit: unit.clone() })
+            }
+        }
+    }
+}
+
+async fn dispatch(mut removed: JobRemovedStream, jobs: Arc<Mutex<Jobs>>) {
+    while let Some(signal) = removed.next().await {
+        let Ok(args) = signal.args() else { continue };
+        let result = JobResult::from(args.result().clone());
+        let mut jobs = lock(&jobs);
+        match jobs.waiting.remove(args.job()) {
+            // Whoever waited may have given up in this instant.
+            Some(waiting) => drop(waiting.send(result)),
+            None => {
+                jobs.unclaimed.push_back((args.job().clone(), result));
+                let excess = jobs.unclaimed.len().saturating_sub(UNCLAIMED);
+                jobs.unclaimed.drain(..excess);
+            }
+        }
+    }
+}
+
+fn lock(jobs: &Mutex<Jobs>) -> std::sync::MutexGuard<'_, Jobs> {
+    // Nothing that holds it can panic halfway through a change.
+    jobs.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_named(error: &zbus::Error, name: &str) -> bool {
+    matches!(error, zbus::Error::MethodError(found, ..) if found.as_str() == name)
+}

@@ -1,0 +1,31 @@
+//! The part of `org.freedesktop.systemd1.Manager` that is used (org.freedesktop.systemd1(5)).
+
+use zbus::{
+    proxy,
+    wire::{OwnedObjectPath, Variant},
+};
+
+/// Properties of a unit, by name.
+pub(super) type Properties<'a> = Vec<(&'a str, Variant<'a>)>;
+
+#[proxy(
+    interface = "org.freedesktop.systemd1.Manager",
+    default_service = "org.freedesktop.systemd1",
+    default_path = "/org/freedesktop/systemd1"
+)]
+pub(super) trait Manager {
+    fn start_transient_unit(
+        &self,
+        name: &str,
+        mode: &str,
+        properties: Properties<'_>,
+        aux: &[(&str, Properties<'_>)],
+    ) -> zbus::Result<OwnedObjectPath>;
+
+    fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+
+    fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String) -> zbus::Result<()>;
+}

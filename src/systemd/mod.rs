@@ -1,0 +1,8 @@
+//! PID 1's side: mount units and their jobs, over D-Bus.
+
+mod jobs;
+mod manager;
+mod mount_unit;
+
+pub use jobs::{JobResult, UnitError, Units};
+pub use mount_unit::is_transient;
