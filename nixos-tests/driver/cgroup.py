@@ -11,7 +11,8 @@ PREFIX = "layered-stores-machine-"
 _numbers = itertools.count(1)
 
 
-def _hierarchy() -> Path:
+def hierarchy() -> Path:
+    """Where cgroup2 is mounted."""
     for candidate in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
         if (candidate / "cgroup.procs").exists() and (candidate / "cgroup.controllers").exists():
             return candidate
@@ -26,12 +27,11 @@ class Cgroup:
 
     def __init__(self) -> None:
         """Makes an empty one, and removes what killed drivers may have left."""
-        hierarchy = _hierarchy()
-        for old in hierarchy.glob(PREFIX + "*"):
+        for old in hierarchy().glob(PREFIX + "*"):
             driver = old.name.removeprefix(PREFIX).partition("-")[0]
             if not Path("/proc", driver).exists():
                 _remove(old)
-        self.path = hierarchy / f"{PREFIX}{os.getpid()}-{next(_numbers)}"
+        self.path = hierarchy() / f"{PREFIX}{os.getpid()}-{next(_numbers)}"
         self.path.mkdir()
 
     def processes(self) -> list[int]:

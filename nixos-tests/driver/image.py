@@ -19,10 +19,11 @@ from .errors import MachineError, PreconditionError
 
 SUITES = ("trixie", "sid")
 SIZE = 6 * 1024**3
-PACKAGES = """
-    systemd systemd-sysv libpam-systemd dbus polkitd nix-bin
-    mount util-linux procps e2fsprogs acl attr strace jq python3-minimal
-""".split()
+PACKAGES = (
+    *("systemd", "systemd-sysv", "libpam-systemd", "dbus", "polkitd", "nix-bin"),
+    *("mount", "util-linux", "procps", "e2fsprogs", "acl", "attr"),
+    *("strace", "jq", "python3-minimal"),
+)
 UNWANTED_FILES = ("doc", "man", "locale", "info", "lintian", "bug")
 PROVISION = paths.DRIVER / "provision.sh"
 
@@ -46,7 +47,7 @@ def base_image(suite: str) -> Path:
 def _mmdebstrap(suite: str, root: str) -> list[str]:
     command = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory"]
     command += [f"--include={','.join(PACKAGES)}"]
-    command += ["--aptopt=APT::Install-Recommends \"false\""]
+    command += ['--aptopt=APT::Install-Recommends "false"']
     command += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED_FILES]
     if suite == "sid":
         command += ['--aptopt=Acquire::Check-Valid-Until "false"']

@@ -25,7 +25,7 @@ COMMAND = [
     *("systemd-nspawn", f"--directory={MOUNT_POINT}", "--machine=machine", "--boot"),
     *("--register=no", "--keep-unit", "--settings=no", "--capability=all"),
     *("--private-network", "--resolv-conf=off", "--timezone=off"),
-    *("--link-journal=no", "--console=pipe"),
+    *("--link-journal=no", "--console=read-only"),
 ]
 # Moves itself into a cgroup and becomes the program.
 ENTER_CGROUP = ["sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"']
@@ -106,26 +106,22 @@ class Nspawn:
             return False
         self._commands = self._make_commands_cgroup()
         ask = self.command("systemctl is-active --quiet basic.target", 10)
-        return subprocess.run(ask, env={}, capture_output=True).returncode == 0
+        return subprocess.run(ask, capture_output=True).returncode == 0
 
     def _find_leader(self) -> int:
         """The machine's first process, by its number on the host; 0 if not yet there."""
         assert self._cgroup is not None
         for pid in self._cgroup.processes():
             try:
-                status = Path(f"/proc/{pid}/status").read_text()
                 program = os.readlink(f"/proc/{pid}/exe")
-            except OSError:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except OSError:  # gone already
                 continue
-            levels = next(x for x in status.splitlines() if x.startswith("NSpid:")).split()[1:]
-            outer = len(self._pid_levels())
-            if len(levels) == outer + 1 and levels[-1] == "1" and program.endswith("/systemd"):
+            numbers = next(line for line in status.splitlines() if line.startswith("NSpid:"))
+            # Before it is systemd it is nspawn, and its namespaces are not complete.
+            if numbers.split()[-1] == "1" and program.endswith("/systemd"):
                 return pid
         return 0
-
-    def _pid_levels(self) -> list[str]:
-        status = Path(f"/proc/{self._enclosure.pid}/status").read_text()
-        return next(x for x in status.splitlines() if x.startswith("NSpid:")).split()[1:]
 
     def _make_commands_cgroup(self) -> Path:
         """A cgroup beside the machine's init.scope, for what the driver runs in it."""
@@ -138,7 +134,7 @@ class Nspawn:
         return commands
 
     def command(self, shell_command: str, timeout: float | None) -> list[str]:
-        """What to run on the host (with an empty environment) to run this inside."""
+        """What to run on the host to run this inside, the way the NixOS driver runs it."""
         limit = [] if timeout is None else ["timeout", "--kill-after=10", f"{timeout:g}"]
         script = f"set -euo pipefail; {shell_command}"
         return self.bare_command([*limit, "bash", "-c", script])
@@ -148,8 +144,8 @@ class Nspawn:
         assert self._commands is not None
         variables = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
         return [
-            *("/bin/sh", *ENTER_CGROUP[1:], str(self._commands)),
-            *("/usr/bin/nsenter", f"--target={self._leader}", "--all", "--"),
+            *(*ENTER_CGROUP, str(self._commands)),
+            *("nsenter", f"--target={self._leader}", "--all", "--"),
             *("/usr/bin/env", "--ignore-environment", "--chdir=/tmp", *variables, *command),
         ]
 

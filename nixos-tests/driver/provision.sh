@@ -3,6 +3,10 @@
 # into a quick, quiet test machine.
 set -eu
 
+# systemd's tools look files up through /proc/self/fd. The mount goes with the
+# enclosure that this runs in.
+mount -t proc proc /proc
+
 echo machine >/etc/hostname
 echo '127.0.0.1 localhost machine' >/etc/hosts
 # A machine that knows its id does not take this for a first boot.
@@ -57,3 +61,4 @@ done
 
 rm -rf /usr/share/doc/* /usr/share/man/* /usr/share/locale/* /usr/share/info/*
 rm -rf /var/log/journal /var/cache/apt/* /var/lib/apt/lists/*
+umount /proc

@@ -18,4 +18,5 @@ def paint(text: str, colour: str) -> str:
 
 def say(text: str) -> None:
     """A line to the terminal, at once."""
-    print(text, flush=True)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

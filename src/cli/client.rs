@@ -151,7 +151,7 @@ impl Client {
             Ok(reply) => reply.body().deserialize().map_err(|error| ClientError::Answer(error.to_string())),
             Err(error) => Err(match ClientError::from(error) {
                 // The bus library's words for an object that is not there say nothing about stores.
-                ClientError::Daemon(message) if message.contains("nknown") => {
+                ClientError::Daemon(message) if message.contains("Unknown object") => {
                     let message = format!("there is no store {name:?}; `layered-stores list` names those there are");
                     ClientError::Daemon(message)
                 }

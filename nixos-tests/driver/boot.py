@@ -1,0 +1,46 @@
+"""A machine for a while, for scenarios and for other Python programs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import paths
+from .host import check_preconditions
+from .image import base_image
+from .install import configure, install_project
+from .log import Log
+from .machine import Machine
+from .nspawn import Nspawn
+
+
+@contextmanager
+def boot(
+    suite: str = "trixie",
+    install: bool = True,
+    configuration: Path | None = None,
+    name: str = "machine",
+    log: Log | None = None,
+) -> Iterator[Machine]:
+    """Makes a machine that starts at its first command and is gone at the end.
+
+    With `configuration` the daemon starts at boot with it. Without `log` its log
+    is target/machine/logs/NAME.log.
+    """
+    check_preconditions()
+    image = base_image(suite)
+    own_log = log if log is not None else Log(paths.LOGS / f"{name}.log")
+    try:
+        with own_log.nested(f"making a machine from {image.name}"):
+            nspawn = Nspawn(image, own_log)
+        try:
+            if install:
+                with own_log.nested("installing the project"):
+                    install_project(nspawn)
+            if configuration is not None:
+                configure(nspawn, configuration)
+            yield Machine(name, nspawn, own_log, paths.STATE / "out" / name)
+        finally:
+            nspawn.close()
+    finally:
+        if log is None:
+            own_log.close()

@@ -1,0 +1,89 @@
+"""Runs scenarios side by side, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import paths, terminal
+from .errors import PreconditionError
+from .host import check_preconditions
+from .image import base_image
+
+
+def find_scenarios(names: Sequence[str]) -> list[Path]:
+    """The scripts of these names; all when there are none."""
+    known = {path.stem: path for path in sorted(paths.SCENARIOS.glob("*.py"))}
+    wanted = [Path(name).stem for name in names] or list(known)
+    for name in wanted:
+        if name not in known:
+            choice = ", ".join(known) or "none"
+            raise PreconditionError(f"there is no scenario {name}: there is {choice}")
+    return [known[name] for name in wanted]
+
+
+class Runner:
+    """A number of worker processes and what they said."""
+
+    def __init__(self, options: Sequence[str], prefix: bool) -> None:
+        """`options` are passed on to `python3 -m driver scenario NAME`."""
+        self._options = options
+        self._prefix = prefix
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, scenario: Path) -> bool:
+        """Runs one; whether it passed."""
+        command = [sys.executable, "-m", "driver", "scenario", scenario.stem, *self._options]
+        with self._lock:
+            if self._stopped:
+                return False
+            # The worker ends when its stdin does: when this process is killed.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": str(paths.SCENARIOS)},
+                start_new_session=True,
+            )
+            self._running.add(process)
+        assert process.stdout is not None
+        with process.stdout:
+            for raw in process.stdout:
+                line = raw.decode(errors="replace").rstrip("\n")
+                terminal.say(f"{scenario.stem}: {line}" if self._prefix else line)
+        status = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return status == 0
+
+    def stop(self) -> None:
+        """Ends all workers; they clean up after themselves."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def run_scenarios(scenarios: Sequence[Path], suite: str, jobs: int, options: Sequence[str]) -> bool:
+    """Runs all; whether all passed. Its last line is `N passed, N failed`."""
+    check_preconditions()
+    base_image(suite)
+    runner = Runner(options, prefix=True)
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        try:
+            results = list(pool.map(runner.run, scenarios))
+        except BaseException:
+            runner.stop()
+            raise
+    failed = [path.stem for path, passed in zip(scenarios, results, strict=True) if not passed]
+    for name in failed:
+        log = os.path.relpath(paths.LOGS / f"{name}.log")
+        terminal.say(terminal.paint(f"{name} failed, its log is {log}", terminal.RED))
+    terminal.say(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+    return not failed
