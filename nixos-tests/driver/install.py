@@ -9,7 +9,7 @@ from .enclosure import MOUNT_POINT
 from .nspawn import Nspawn
 
 CONFIGURATION = "etc/layered-stores/config.toml"
-SERVICE = "layered-storesd.service"
+UNITS = ("layered-storesd.service", "layered-stores.target")
 
 
 def install_project(nspawn: Nspawn) -> None:
@@ -31,4 +31,5 @@ def configure(nspawn: Nspawn, configuration: Path) -> None:
     target.chmod(0o644)
     wants = root / "etc/systemd/system/multi-user.target.wants"
     wants.mkdir(parents=True, exist_ok=True)
-    (wants / SERVICE).symlink_to(f"/usr/lib/systemd/system/{SERVICE}")
+    for unit in UNITS:
+        (wants / unit).symlink_to(f"/usr/lib/systemd/system/{unit}")

@@ -1,15 +1,13 @@
 //! The daemon: makes layered stores exist, keeps them right, and tells the truth about them over D-Bus.
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result};
-use clap::Parser;
+use clap::Parser as _;
 use layered_stores::{
     bus::Publisher,
-    config::{self, Defaults},
+    cli::args::DaemonArguments,
+    config::{self, ConfigError, Defaults},
     overlay::host,
     store::AbsolutePath,
     supervisor::{Command, Engine, Event, Handle, Settings},
@@ -25,38 +23,18 @@ use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberI
 /// How many threads work on stores. Their work is system calls, and a filesystem that hangs must not hold up all stores.
 const BLOCKING_THREADS: usize = 8;
 
-/// Makes layered Nix stores exist, keeps them right, and tells the truth about them over D-Bus.
-///
-/// Started by systemd as layered-storesd.service. SIGHUP reloads the configuration.
-#[derive(Parser)]
-#[command(name = "layered-storesd", version)]
-struct Arguments {
-    /// Configuration file; one that does not exist declares no stores
-    #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
-    config: PathBuf,
-
-    /// Where stores live that the configuration gives no place of their own
-    #[arg(long, value_name = "DIRECTORY", default_value = config::DEFAULT_STATE_DIR)]
-    state_dir: AbsolutePath,
-
-    /// Where notes are kept until the next boot
-    #[arg(long, value_name = "DIRECTORY", default_value = "/run/layered-stores")]
-    runtime_dir: PathBuf,
-
-    /// The executable Nix calls when a store has to be refreshed [default: beside this one]
-    #[arg(long, value_name = "FILE")]
-    remount_hook: Option<AbsolutePath>,
-}
+/// `EX_CONFIG` of sysexits.h: the configuration is wrong, and trying again does not make it better.
+const EX_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = DaemonArguments::parse();
     start_logging();
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             let _ = sd_notify::notify(&[NotifyState::Status(&format!("{error:#}"))]);
-            ExitCode::FAILURE
+            if error.is::<ConfigError>() { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -72,7 +50,7 @@ fn start_logging() {
     tracing_subscriber::registry().with(filter).with(journal).with(stderr).init();
 }
 
-fn run(arguments: Arguments) -> Result<()> {
+fn run(arguments: DaemonArguments) -> Result<()> {
     let remount_hook = match arguments.remount_hook {
         Some(hook) => hook,
         None => beside_this_executable()?,

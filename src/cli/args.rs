@@ -118,3 +118,42 @@ pub enum Command {
         directory: PathBuf,
     },
 }
+
+/// Makes layered Nix stores exist, keeps them right, and tells the truth about them over D-Bus.
+///
+/// Started by systemd as layered-storesd.service. SIGHUP reloads the configuration.
+#[derive(Debug, Parser)]
+#[command(name = "layered-storesd", version, max_term_width = 100)]
+pub struct DaemonArguments {
+    /// Configuration file; one that does not exist declares no stores
+    #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+    pub config: PathBuf,
+
+    /// Where stores live that the configuration gives no place of their own
+    #[arg(long, value_name = "DIRECTORY", default_value = config::DEFAULT_STATE_DIR)]
+    pub state_dir: AbsolutePath,
+
+    /// Where notes are kept until the next boot
+    #[arg(long, value_name = "DIRECTORY", default_value = "/run/layered-stores")]
+    pub runtime_dir: PathBuf,
+
+    /// The executable Nix calls when a store has to be refreshed [default: beside this one]
+    #[arg(long, value_name = "FILE")]
+    pub remount_hook: Option<AbsolutePath>,
+}
+
+/// The remount hook's command line, for its manual page; the hook itself reads its one argument by hand.
+pub fn hook_command() -> clap::Command {
+    let argument = clap::Arg::new("real_store_dir").value_name("REAL_STORE_DIR").required(true);
+    clap::Command::new("layered-stores-remount")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Makes the merged directory of a layered Nix store agree with its layers again")
+        .long_about(
+            "Nix's remount hook: makes the merged directory REAL_STORE_DIR of a layered store agree with its layers \
+             again. It asks layered-storesd over D-Bus and waits up to 60 seconds; where there is no bus or no daemon, it \
+             reconfigures the overlay mount by itself if it is privileged to. Nix is told to call it by the store URL \
+             that `layered-stores uri` prints.",
+        )
+        .after_help("Exit status: 0 done, 1 failed, 2 wrong use.")
+        .arg(argument.help("Nix's real store dir: <root>/nix/store"))
+}

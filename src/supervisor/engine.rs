@@ -250,7 +250,7 @@ impl Engine {
                 Some(done) = self.operations.join_next() => match done {
                     Ok((name, done)) => self.done(&name, done),
                     // Operations catch panics of their blocking parts; what is left is a bug in this file.
-                    Err(error) => tracing::error!(%error, "an operation was lost"),
+                    Err(error) => tracing::error!("an operation was lost: {error}"),
                 },
                 Some(loaded) = self.loading.join_next() => self.loaded(loaded),
                 changed = self.mounts.changed() => {
@@ -319,7 +319,7 @@ impl Engine {
                     }
                 }
             }
-            Err(error) => tracing::error!(%error, "changes of layers cannot be read"),
+            Err(error) => tracing::error!("changes of layers cannot be read: {error}"),
         }
     }
 
@@ -409,7 +409,11 @@ impl Engine {
     fn loaded(&mut self, loaded: Result<Result<Config, config::ConfigError>, tokio::task::JoinError>) {
         match loaded {
             Ok(Ok(config)) => {
-                tracing::info!(stores = config.stores.len(), "configuration reloaded");
+                tracing::info!(
+                    stores = config.stores.len(),
+                    "configuration reloaded: {} stores declared",
+                    config.stores.len()
+                );
                 self.apply(config);
                 self.reload_applied.append(&mut self.reload_waiting);
                 self.settling = true;
@@ -430,7 +434,7 @@ impl Engine {
     fn apply(&mut self, config: Config) {
         for entry in self.entries.values_mut() {
             if !config.stores.iter().any(|spec| spec.name == entry.spec.name) && entry.declared {
-                tracing::info!(store = %entry.spec.name, "no longer declared");
+                tracing::info!(store = %entry.spec.name, "{}: no longer declared", entry.spec.name);
                 entry.declared = false;
                 entry.next = None;
                 entry.want(Want::Gone);
@@ -489,7 +493,7 @@ impl Engine {
                     entry.mount = table.state(&entry.spec.layers);
                 }
             }
-            Err(error) => tracing::error!(%error, "the mount table cannot be read"),
+            Err(error) => tracing::error!("the mount table cannot be read: {error}"),
         }
         drop(registry);
         for name in self.entries.keys().cloned().collect::<Vec<_>>() {
@@ -528,7 +532,7 @@ impl Engine {
         };
         let action = plan(&view);
         if action != Action::Rest {
-            tracing::debug!(store = %name, ?action, "planned");
+            tracing::debug!(store = %name, "{name}: planned: {action:?}");
         }
         match action {
             Action::Rest => {
@@ -545,7 +549,7 @@ impl Engine {
             }
             Action::Start { repair } => {
                 if repair {
-                    tracing::warn!(store = %name, "its mount is gone and is made again");
+                    tracing::warn!(store = %name, "{name}: its mount is gone and is made again");
                     entry.repaired(now);
                 }
                 let (tools, spec, lock) = (self.tools.clone(), Arc::clone(&entry.spec), entry.lock.take());
@@ -640,12 +644,12 @@ impl Engine {
                 answer(std::mem::take(&mut entry.starting), &failed);
             }
             Done::Stopped(Ok(())) => {
-                tracing::info!(store = %name, "stopped");
+                tracing::info!(store = %name, "{name}: stopped");
                 entry.down();
             }
             Done::Stopped(Err(error)) => self.is_busy(name, &error.to_string()),
             Done::SwapFinished(Ok(())) => {
-                tracing::info!(store = %name, "a swap that was interrupted is finished");
+                tracing::info!(store = %name, "{name}: a swap that was interrupted is finished");
                 entry.owed.demand(Changes::unknown(), Rung::Probe, now);
             }
             Done::SwapFinished(Err(error)) => {
@@ -674,7 +678,8 @@ impl Engine {
 
     fn is_up(&mut self, name: &StoreName, up: Up, adopted: bool) {
         let Some(entry) = self.entries.get_mut(name) else { return };
-        tracing::info!(store = %name, adopted, path = %entry.spec.layers.merged, "active");
+        let how = if adopted { "adopted" } else { "mounted" };
+        tracing::info!(store = %name, adopted, "{name}: active, {how} at {}", entry.spec.layers.merged);
         entry.up();
         if let Some(lock) = up.lock {
             entry.lock = Some(lock);
@@ -725,7 +730,7 @@ impl Engine {
         let Some(entry) = self.entries.get_mut(name) else { return };
         if let Err(error) = result {
             // The mount point keeps its attribute; a note is all there is to do about it.
-            tracing::warn!(store = %name, %error, "the mount point was not given back");
+            tracing::warn!(store = %name, "{name}: the mount point was not given back: {error}");
         }
         match why {
             Release::Respecify => {
@@ -742,7 +747,7 @@ impl Engine {
             Release::Forget => {
                 answer(std::mem::take(&mut entry.stopping), &Ok(()));
                 entry.answer_all(&Error::NoSuchStore(name.to_string()));
-                tracing::info!(store = %name, "forgotten; its data stays in {}", entry.spec.layers.upper);
+                tracing::info!(store = %name, "{name}: forgotten; its data stays in {}", entry.spec.layers.upper);
                 self.entries.remove(name);
                 let mut registry = self.registry.write().unwrap_or_else(PoisonError::into_inner);
                 registry.by_name.remove(name);
@@ -788,7 +793,13 @@ impl Engine {
             entry.refresh_count += 1;
             entry.last_refresh = how;
             entry.last_refresh_usec = realtime_usec();
-            tracing::info!(store = %name, refresh = how, probed = report.probed, "refreshed");
+            tracing::info!(
+                store = %name,
+                refresh = how,
+                probed = report.probed,
+                "{name}: {how} ({} paths probed)",
+                report.probed
+            );
         }
         let above = match report.outcome {
             Outcome::Current => None,
@@ -796,7 +807,7 @@ impl Engine {
             Outcome::Swapped(old) => {
                 entry.swap_count += 1;
                 if old == OldSuperblock::StillWritten {
-                    tracing::warn!(store = %name, "a process goes on writing through the mount that was swapped out");
+                    tracing::warn!(store = %name, "{name}: a process goes on writing through the mount that was swapped out");
                 }
                 Some(Rung::Swap)
             }

@@ -243,7 +243,8 @@ impl Entry {
 
     pub(super) fn problem(&mut self, problem: Problem, message: String) {
         if self.problems.get(&problem) != Some(&message) {
-            tracing::warn!(store = %self.spec.name, problem = problem.code(), "{message}");
+            let name = &self.spec.name;
+            tracing::warn!(store = %name, problem = problem.code(), "{name}: {message}");
             self.problems.insert(problem, message);
         }
     }

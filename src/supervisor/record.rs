@@ -46,7 +46,10 @@ impl Records {
             .filter(is_record)
             .filter_map(|path| {
                 let spec = serde_json::from_slice(&fs::read(&path).ok()?);
-                spec.inspect_err(|error| tracing::warn!(path = %path.display(), %error, "record cannot be read")).ok()
+                spec.inspect_err(|error| {
+                    tracing::warn!("the record {} cannot be read and is skipped: {error}", path.display())
+                })
+                .ok()
             })
             .collect()
     }
@@ -74,7 +77,7 @@ impl Records {
     pub(super) fn keep_fingerprint(&self, name: &StoreName, fingerprint: &Fingerprint) {
         let text = serde_json::to_vec(fingerprint).unwrap_or_default();
         if let Err(error) = replace(&self.runtime_path(name), &text, false) {
-            tracing::warn!(store = %name, %error, "fingerprint cannot be kept");
+            tracing::warn!(store = %name, "{name}: its fingerprint cannot be kept: {error}");
         }
     }
 

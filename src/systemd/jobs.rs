@@ -77,7 +77,7 @@ pub enum UnitError {
         /// The unit.
         unit: MountUnitName,
         /// Its answer.
-        source: zbus::Error,
+        source: Box<zbus::Error>,
     },
     /// A unit of this name exists that was not made by us.
     #[error(
@@ -158,7 +158,7 @@ impl Units {
             if is_named(&source, "org.freedesktop.systemd1.UnitExists") {
                 return UnitError::Exists(unit.clone());
             }
-            UnitError::Refused { doing: DOING, unit: unit.clone(), source }
+            UnitError::Refused { doing: DOING, unit: unit.clone(), source: Box::new(source) }
         })?;
         self.wait(job, DOING, unit).await
     }
@@ -172,7 +172,7 @@ impl Units {
         match self.manager.stop_unit(unit.as_str(), "fail").await {
             Ok(job) => self.wait(job, DOING, unit).await,
             Err(error) if is_named(&error, "org.freedesktop.systemd1.NoSuchUnit") => Ok(()),
-            Err(source) => Err(UnitError::Refused { doing: DOING, unit: unit.clone(), source }),
+            Err(source) => Err(UnitError::Refused { doing: DOING, unit: unit.clone(), source: Box::new(source) }),
         }
     }
 
