@@ -9,7 +9,8 @@ from .enclosure import MOUNT_POINT
 from .nspawn import Nspawn
 
 CONFIGURATION = "etc/layered-stores/config.toml"
-UNITS = ("layered-storesd.service", "layered-stores.target")
+SERVICE = "layered-storesd.service"
+UNITS = (SERVICE, "layered-stores.target")
 
 
 def install_project(nspawn: Nspawn) -> None:
