@@ -273,12 +273,14 @@ fn make_upper(spec: &StoreSpec, owner: Owner) -> Result<OwnedFd, LayersError> {
 /// OverlayFS keeps its notes in `trusted.overlay.*`; the work dir is ours to try it on.
 fn check_xattrs(work: BorrowedFd<'_>, upper: &AbsolutePath) -> Result<(), LayersError> {
     const PROBE: &str = "trusted.layered-stores";
-    match rustix::fs::fsetxattr(work, PROBE, b"1", XattrFlags::empty()) {
-        Ok(()) => {
-            // A leftover does no harm.
-            let _ = rustix::fs::fremovexattr(work, PROBE);
-            Ok(())
-        }
+    let set = readable(work).and_then(|work| {
+        rustix::fs::fsetxattr(&work, PROBE, b"1", XattrFlags::empty())?;
+        // A leftover does no harm.
+        let _ = rustix::fs::fremovexattr(&work, PROBE);
+        Ok(())
+    });
+    match set {
+        Ok(()) => Ok(()),
         Err(Errno::OPNOTSUPP) => Err(LayersError::NoXattrs(upper.clone())),
         Err(errno) => Err(LayersError::Sys {
             key: "upper-layer",

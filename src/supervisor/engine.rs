@@ -774,9 +774,9 @@ impl Engine {
         let asked = if entry.remounting.is_empty() { Rung::Probe } else { Rung::Reconfigure };
         entry.refreshing.append(&mut entry.remounting);
         entry.paying = changes.clone();
-        let (tools, spec) = (self.tools.clone(), Arc::clone(&entry.spec));
+        let (tools, spec, kept) = (self.tools.clone(), Arc::clone(&entry.spec), entry.fingerprint);
         self.spawn(name, Op::Refresh, async move {
-            Done::Refreshed(operation::refresh(tools, spec, changes, owed.max(asked)).await)
+            Done::Refreshed(operation::refresh(tools, spec, changes, owed.max(asked), kept).await)
         });
     }
 
@@ -784,52 +784,39 @@ impl Engine {
         let now = Instant::now();
         let Some(entry) = self.entries.get_mut(name) else { return };
         let changes = std::mem::take(&mut entry.paying);
-        let how = match report.outcome {
-            Outcome::Current => "",
-            Outcome::Reconfigured => "reconfigured",
-            Outcome::Swapped(_) => "swapped",
-        };
-        if !how.is_empty() {
-            entry.refresh_count += 1;
-            entry.last_refresh = how;
-            entry.last_refresh_usec = realtime_usec();
-            tracing::info!(
-                store = %name,
-                refresh = how,
-                probed = report.probed,
-                "{name}: {how} ({} paths probed)",
-                report.probed
-            );
-        }
-        let above = match report.outcome {
-            Outcome::Current => None,
-            Outcome::Reconfigured => Some(Rung::Reconfigure),
-            Outcome::Swapped(old) => {
-                entry.swap_count += 1;
-                if old == OldSuperblock::StillWritten {
-                    tracing::warn!(store = %name, "{name}: a process goes on writing through the mount that was swapped out");
-                }
-                Some(Rung::Swap)
-            }
-        };
-        entry.clear(&[Problem::RefreshFailed]);
+        // Whoever waits is answered before anything is logged or published: it is Nix that waits.
         let asked = std::mem::take(&mut entry.refreshing);
+        entry.clear(&[Problem::RefreshFailed]);
         if report.still_stale.is_empty() {
-            entry.clear(&[Problem::Stale]);
             answer(asked, &Ok(()));
+            entry.fingerprint = Some(report.fingerprint);
+            entry.clear(&[Problem::Stale]);
         } else {
             let names = report.still_stale.iter().map(|stale| stale.name.clone()).collect();
             entry.owed.demand(Changes { names, unknown: false }, Rung::Probe, now + STALE_RETRY);
             let named: Vec<_> = report.still_stale.iter().take(NAMED_STALE).map(ToString::to_string).collect();
             let message = format!("{} of its paths: {}", report.still_stale.len(), named.join("; "));
-            entry.problem(Problem::Stale, message.clone());
-            answer(asked, &Err(Error::Stale(name.clone(), message)));
+            answer(asked, &Err(Error::Stale(name.clone(), message.clone())));
+            entry.problem(Problem::Stale, message);
+        }
+        let (how, above) = match report.outcome {
+            Outcome::Current => return,
+            Outcome::Reconfigured => ("reconfigured", Rung::Reconfigure),
+            Outcome::Swapped(_) => ("swapped", Rung::Swap),
+        };
+        entry.refresh_count += 1;
+        entry.last_refresh = how;
+        entry.last_refresh_usec = realtime_usec();
+        tracing::info!(store = %name, refresh = how, probed = report.probed, "{name}: {how}, {} paths probed", report.probed);
+        if let Outcome::Swapped(old) = report.outcome {
+            entry.swap_count += 1;
+            if old == OldSuperblock::StillWritten {
+                tracing::warn!(store = %name, "{name}: a process goes on writing through the mount that was swapped out");
+            }
         }
         // What lies on top has looked at the old view, and after a swap refers to the old superblock.
-        if let Some(from) = above {
-            for entry in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
-                entry.owed.demand(changes.clone(), from, now);
-            }
+        for entry in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
+            entry.owed.demand(changes.clone(), above, now);
         }
     }
 

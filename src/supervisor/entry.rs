@@ -18,7 +18,7 @@ use crate::{
         layers::UpperLock,
         mountinfo::MountState,
         probe::Stale,
-        refresh::{Changes, Rung},
+        refresh::{Changes, Fingerprint, Rung},
     },
     store::StoreSpec,
 };
@@ -103,6 +103,8 @@ pub(super) struct Entry {
     pub(super) owed: Owed,
     /// What the refresh in flight was given, to be owed again if it fails.
     pub(super) paying: Changes,
+    /// The fingerprint on record, if this run of the daemon has put it there.
+    pub(super) fingerprint: Option<Fingerprint>,
     problems: BTreeMap<Problem, String>,
     pub(super) last_refresh_usec: u64,
     pub(super) last_refresh: &'static str,
@@ -143,6 +145,7 @@ impl Entry {
             repairs: VecDeque::new(),
             owed: Owed::default(),
             paying: Changes::default(),
+            fingerprint: None,
             problems: BTreeMap::new(),
             last_refresh_usec: 0,
             last_refresh: "",
@@ -193,6 +196,7 @@ impl Entry {
         self.reason.clear();
         self.lock = None;
         self.owed = Owed::default();
+        self.fingerprint = None;
         self.problems.clear();
     }
 

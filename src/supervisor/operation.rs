@@ -167,12 +167,13 @@ pub(super) async fn release(tools: Tools, spec: Arc<StoreSpec>, forget: bool) ->
     .await
 }
 
-/// Refreshes a store's merged view.
+/// Refreshes a store's merged view. `kept` is the fingerprint that is on record.
 pub(super) async fn refresh(
     tools: Tools,
     spec: Arc<StoreSpec>,
     changes: Changes,
     from: Rung,
+    kept: Option<Fingerprint>,
 ) -> Result<Report, OperationError> {
     blocking(move || {
         if changes.unknown || from == Rung::Swap {
@@ -180,7 +181,7 @@ pub(super) async fn refresh(
             let _ = tools.watches.add(&spec.name, &spec.layers);
         }
         let report = refresh::refresh(&spec.layers, &changes, from)?;
-        if report.still_stale.is_empty() {
+        if report.still_stale.is_empty() && kept != Some(report.fingerprint) {
             tools.records.keep_fingerprint(&spec.name, &report.fingerprint);
         }
         Ok(report)

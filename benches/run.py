@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""Measures layered-stores against mount(8) and systemd's own mount units, on a booted Debian.
+
+All sides are measured in one run, in turn, so that whatever else the machine does
+hits them alike. Prints medians and ratios as the tables of docs/performance.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from driver import boot
+from driver.machine import Machine
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOWER = "/srv/lower"
+STORES = "/var/lib/layered-stores/stores"
+PLAIN = "/srv/plain"
+OPTIONS = "nosuid,nodev,lowerdir={lower},upperdir={upper},workdir={work},index=off,metacopy=off,nfs_export=off,xino=off"
+
+
+def build_measure() -> Path:
+    """Compiles benches/measure.rs and finds the executable."""
+    command = [
+        "cargo",
+        "bench",
+        "--locked",
+        "--bench",
+        "measure",
+        "--no-run",
+        "--message-format=json",
+    ]
+    lines = subprocess.run(
+        command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()
+    messages = [json.loads(line) for line in lines]
+    found = [
+        m["executable"]
+        for m in messages
+        if m.get("executable") and m["target"]["name"] == "measure"
+    ]
+    return Path(found[-1])
+
+
+def timed(machine: Machine, command: str) -> float:
+    """Milliseconds of a command, as the machine's own clock has it."""
+    output = machine.succeed(
+        f"s=$(date +%s%N); {command} >/dev/null; e=$(date +%s%N); echo $(((e - s) / 1000))"
+    )
+    return int(output.split()[-1]) / 1000
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def milliseconds(values: list[float]) -> str:
+    return f"{median(values):.2f}" if median(values) < 100 else f"{median(values):.0f}"
+
+
+def bench_hook(machine: Machine, rounds: int) -> None:
+    """The hook's round trip against other ways to refresh the same mount."""
+    merged = f"{STORES}/s0/root/nix/store"
+    jobs = {
+        "`layered-stores-remount` (hook, daemon, refresh)": f"run layered-stores-remount {merged}",
+        "`LIBMOUNT_FORCE_MOUNT2=always mount -o remount`": (
+            f"run env LIBMOUNT_FORCE_MOUNT2=always mount -o remount {merged}"
+        ),
+        "`mount -o remount` less the cost of `env`": "run env true",
+        "the bare system calls": f"reconfigure {merged}",
+        "starting a process that does nothing (`true`)": "run true",
+    }
+    machine.succeed(f"/root/measure 20 {' , '.join(jobs.values())}")
+    lines = machine.succeed(f"/root/measure {rounds} {' , '.join(jobs.values())}").splitlines()
+    times = [[int(value) / 1000 for value in line.split()] for line in lines]
+    hook, mount, env, bare, nothing = times
+    # env(1) is one more execve; what it costs is env(1) around true less true.
+    mount = [value - (median(env) - median(nothing)) for value in mount]
+    print(f"\n### Hook round trip ({rounds} rounds, in turn)\n")
+    print(row("way", "median, ms", "ratio to mount(8)"))
+    print(row("---", "---:", "---:"))
+    for name, values in zip(jobs, (hook, mount, None, bare, nothing), strict=True):
+        if values is not None:
+            print(row(name, f"{median(values):.3f}", f"{median(values) / median(mount):.2f}"))
+
+
+def stop_everything(machine: Machine) -> None:
+    machine.succeed("systemctl stop layered-storesd layered-stores.target")
+    machine.succeed(
+        "systemctl stop --no-block --all 'var-lib-layered*.mount' 'srv-plain*.mount' bench.target"
+    )
+    machine.wait_until_succeeds("! grep -q '^overlay ' /proc/mounts")
+    machine.wait_until_succeeds('test -z "$(systemctl list-jobs --no-legend)"')
+
+
+def configure(machine: Machine, number: int) -> None:
+    """Declares the same mounts on both sides."""
+    layers = OPTIONS.format(
+        lower=f"{LOWER}/nix/store", upper=f"{PLAIN}/$i/upper", work=f"{PLAIN}/$i/work"
+    )
+    machine.succeed(f"""
+        mkdir -p /etc/layered-stores {PLAIN}
+        rm -rf /run/systemd/system/srv-plain-*.mount /run/systemd/system/bench.target.wants
+        mkdir -p /run/systemd/system/bench.target.wants
+        echo '[Unit]' > /run/systemd/system/bench.target
+        : > /etc/layered-stores/config.toml; : > /root/mount-loop
+        for ((i = 0; i < {number}; i++)); do
+            printf '[stores.s%d]\\nlower-store = "{LOWER}"\\n' $i >> /etc/layered-stores/config.toml
+            mkdir -p {PLAIN}/$i/upper {PLAIN}/$i/work {PLAIN}/$i/root/nix/store
+            unit=srv-plain-$i-root-nix-store.mount
+            printf '[Unit]\\nRequiresMountsFor=%s\\n[Mount]\\nWhat=overlay\\nWhere=%s\\nType=overlay\\nOptions=%s\\n' \\
+                "{LOWER}/nix/store {PLAIN}/$i/upper {PLAIN}/$i/work" "{PLAIN}/$i/root/nix/store" "{layers}" \\
+                > /run/systemd/system/$unit
+            ln -s ../$unit /run/systemd/system/bench.target.wants/
+            echo "mount -t overlay overlay -o {layers} {PLAIN}/$i/root/nix/store" >> /root/mount-loop
+        done
+    """)
+
+
+def bench_start(machine: Machine, number: int, rounds: int) -> dict[str, object]:
+    """The time until so many stores are all active."""
+    configure(machine, number)
+    # Directories are made once, on both sides, as on a machine that has been set up.
+    machine.succeed("systemctl start layered-storesd")
+    ours: list[float] = []
+    plain: list[float] = []
+    reload: list[float] = []
+    loop: list[float] = []
+    again: list[float] = []
+    status: list[float] = []
+    memory = 0
+    for _ in range(rounds):
+        stop_everything(machine)
+        ours.append(timed(machine, "systemctl start layered-storesd"))
+        mounted = int(machine.succeed("grep -c '^overlay ' /proc/mounts"))
+        assert mounted == number, f"{mounted} of {number} stores are mounted"
+        status.append(timed(machine, "layered-stores status"))
+        memory = max(
+            memory,
+            int(
+                machine.succeed(
+                    "sed -n 's/^VmRSS:[^0-9]*\\([0-9]*\\).*/\\1/p' /proc/$(pidof layered-storesd)/status"
+                )
+            ),
+        )
+        again.append(timed(machine, "systemctl restart layered-storesd"))
+        stop_everything(machine)
+        reload.append(timed(machine, "systemctl daemon-reload"))
+        plain.append(timed(machine, "systemctl start bench.target"))
+        machine.wait_until_succeeds(f"test $(grep -c '^overlay ' /proc/mounts) = {number}")
+        stop_everything(machine)
+        loop.append(timed(machine, "sh /root/mount-loop"))
+        machine.succeed("umount -a -t overlay")
+    stop_everything(machine)
+    return {
+        "stores": number,
+        "layered-stores": ours,
+        "plain": plain,
+        "daemon-reload": reload,
+        "loop": loop,
+        "restart": again,
+        "status": status,
+        "memory": memory / 1024,
+    }
+
+
+def describe(machine: Machine) -> None:
+    versions = machine.succeed(
+        "systemctl --version | head -n 1; mount --version; dbus-daemon --version | head -n 1"
+    )
+    print(
+        f"Measured {time.strftime('%Y-%m-%d')} on Linux {platform.release()}, {os.cpu_count()} cores;"
+    )
+    print("in the machine: " + "; ".join(versions.splitlines()) + ".")
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--stores", type=int, nargs="+", default=[1, 10, 100, 1000])
+    arguments.add_argument("--rounds", type=int, default=5, help="rounds of the start measurements")
+    arguments.add_argument("--hook-rounds", type=int, default=1000)
+    options = arguments.parse_args()
+
+    measure = build_measure()
+    with boot(install=True, name="bench") as machine:
+        machine.copy_from_host(str(measure), "/root/measure")
+        machine.succeed(
+            f"chmod +x /root/measure; nix-store --store {LOWER} --init; mkdir -p {LOWER}/nix/store"
+        )
+        describe(machine)
+        configure(machine, 1)
+        machine.succeed("systemctl start layered-storesd")
+        bench_hook(machine, options.hook_rounds)
+        results = [bench_start(machine, number, options.rounds) for number in options.stores]
+
+    print(
+        f"\n### Time until all stores are active, ms ({options.rounds} rounds, in turn, medians)\n"
+    )
+    print(
+        row(
+            "stores",
+            "layered-stores",
+            "systemd mount units",
+            "ratio",
+            "their daemon-reload",
+            "mount(8) in a loop",
+        )
+    )
+    print(row(*["---:"] * 6))
+    for result in results:
+        sides = {key: value for key, value in result.items() if isinstance(value, list)}
+        ratio = median(sides["layered-stores"]) / median(sides["plain"])
+        shown = [
+            milliseconds(sides[key]) for key in ("layered-stores", "plain", "daemon-reload", "loop")
+        ]
+        print(row(result["stores"], shown[0], shown[1], f"{ratio:.2f}", *shown[2:]))
+    print("\n### The daemon at that size\n")
+    print(
+        row(
+            "stores",
+            "resident memory, MiB",
+            "`layered-stores status`, ms",
+            "restart that adopts all, ms",
+        )
+    )
+    print(row(*["---:"] * 4))
+    for result in results:
+        sides = {key: value for key, value in result.items() if isinstance(value, list)}
+        shown = [milliseconds(sides[key]) for key in ("status", "restart")]
+        print(row(result["stores"], f"{result['memory']:.1f}", *shown))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
