@@ -6,3 +6,4 @@ pub mod overlay;
 pub mod store;
 pub mod supervisor;
 pub mod systemd;
+pub mod varlink;

@@ -9,6 +9,7 @@ use std::{process::ExitCode, time::Duration};
 use layered_stores::{
     bus::{BUS_NAME, MANAGER_PATH},
     overlay::refresh::reconfigure,
+    varlink::{AskError, ask_remount},
 };
 
 /// How long the daemon may take. A refresh takes milliseconds; with hundreds of thousands of paths to look at, seconds.
@@ -18,9 +19,9 @@ const HELP: &str = "\
 Usage: layered-stores-remount REAL_STORE_DIR
 
 Nix's remount hook: makes the merged directory REAL_STORE_DIR of a layered store
-agree with its layers again. Asks layered-storesd over D-Bus and waits up to 60
-seconds; where there is no bus or no daemon, reconfigures the overlay mount by
-itself if it is privileged to.
+agree with its layers again. Asks layered-storesd, over its socket or over
+D-Bus, and waits up to 60 seconds; where there is no daemon, reconfigures the
+overlay mount by itself if it is privileged to.
 
 Exit status: 0 done, 1 failed, 2 wrong use.
 ";
@@ -76,7 +77,17 @@ enum Unasked {
     Refused(String),
 }
 
+/// Over the daemon's own socket, or where that does not help, over the bus: it starts a daemon that is not running, and
+/// has polkit decide about those who are neither root nor the store's owner.
 fn ask(dir: &str) -> Result<(), Unasked> {
+    match ask_remount(dir, TIMEOUT) {
+        Ok(()) => Ok(()),
+        Err(AskError::Elsewhere(_)) => ask_over_the_bus(dir),
+        Err(error) => Err(Unasked::Refused(error.to_string())),
+    }
+}
+
+fn ask_over_the_bus(dir: &str) -> Result<(), Unasked> {
     let unreachable = |error: std::io::Error| Unasked::Unreachable(error.to_string());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(unreachable)?;
     runtime.block_on(async {

@@ -5,13 +5,14 @@ use std::{path::Path, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use layered_stores::{
-    bus::Publisher,
+    bus::{BUS_NAME, Publisher},
     cli::args::DaemonArguments,
     config::{self, ConfigError, Defaults},
     overlay::host,
     store::AbsolutePath,
     supervisor::{Command, Engine, Event, Handle, Settings},
     systemd::Units,
+    varlink,
 };
 use sd_notify::NotifyState;
 use tokio::{
@@ -22,6 +23,9 @@ use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberI
 
 /// How many threads work on stores. Their work is system calls, and a filesystem that hangs must not hold up all stores.
 const BLOCKING_THREADS: usize = 8;
+
+/// Why a second daemon does not start.
+const ANOTHER: &str = "the bus name org.layeredstores1 is taken: another layered-storesd is running";
 
 /// `EX_CONFIG` of sysexits.h: the configuration is wrong, and trying again does not make it better.
 const EX_CONFIG: u8 = 78;
@@ -91,6 +95,11 @@ async fn serve(settings: Settings) -> Result<()> {
     let config = tokio::task::spawn_blocking(move || config::load(&load.config, &load.defaults)).await??;
 
     let connection = zbus::Connection::system().await.context("cannot reach the system bus")?;
+    // Found out before anything is touched; the name itself is taken when there is something to serve.
+    let bus = zbus::fdo::DBusProxy::new(&connection).await?;
+    if bus.name_has_owner(BUS_NAME.try_into()?).await? {
+        anyhow::bail!(ANOTHER);
+    }
     let units = Units::connect(&connection).await.context("cannot reach systemd over the bus")?;
     let (events_sender, events) = mpsc::unbounded_channel();
     let (engine, handle) = Engine::new(settings, config, units, events_sender).await.context("cannot watch mounts")?;
@@ -106,9 +115,10 @@ async fn serve(settings: Settings) -> Result<()> {
     };
     let alive = || notify(&[NotifyState::Watchdog]);
     let watchdog = sd_notify::watchdog_enabled();
+    let reloader = handle.clone();
     let reload = async move {
         while hangup.recv().await.is_some() {
-            reload_for_systemd(&handle).await;
+            reload_for_systemd(&reloader).await;
         }
         Ok(())
     };
@@ -127,7 +137,8 @@ async fn serve(settings: Settings) -> Result<()> {
             publisher.flush().await?;
             // Clients that find the name find the stores.
             if !named {
-                publisher.take_name().await.context("cannot take the bus name; is another layered-storesd running?")?;
+                publisher.take_name().await.context(ANOTHER)?;
+                serve_hook(handle.clone());
                 named = true;
             }
             if let Some(summary) = settled {
@@ -142,6 +153,14 @@ async fn serve(settings: Settings) -> Result<()> {
         result = publish => result,
         result = reload => result,
         () = connection.closed() => anyhow::bail!("the connection to the system bus was lost"),
+    }
+}
+
+/// Opens the hook's own way to the daemon. Only who has the bus name does, so that no two daemons are after the socket.
+fn serve_hook(handle: Handle) {
+    match varlink::listen(Path::new(varlink::SOCKET)) {
+        Ok(listener) => drop(tokio::spawn(varlink::serve(listener, handle))),
+        Err(error) => tracing::warn!("cannot open {}: {error}; the hook asks over the bus", varlink::SOCKET),
     }
 }
 

@@ -52,7 +52,12 @@ impl Publisher {
     /// # Errors
     /// When another process has the name, or the bus policy refuses it.
     pub async fn take_name(&self) -> zbus::Result<()> {
-        self.connection.request_name(BUS_NAME).await.map(drop)
+        // Waiting in the queue for it would be waiting for another daemon to go away.
+        let flags = fdo::RequestNameFlags::DO_NOT_QUEUE;
+        match self.connection.request_name_with_flags(BUS_NAME, flags).await? {
+            fdo::RequestNameReply::PrimaryOwner | fdo::RequestNameReply::AlreadyOwner => Ok(()),
+            _ => Err(zbus::Error::NameTaken),
+        }
     }
 
     /// Takes an event. Changes are sent with the next [`flush`](Self::flush).

@@ -150,7 +150,7 @@ pub fn hook_command() -> clap::Command {
         .about("Makes the merged directory of a layered Nix store agree with its layers again")
         .long_about(
             "Nix's remount hook: makes the merged directory REAL_STORE_DIR of a layered store agree with its layers \
-             again. It asks layered-storesd over D-Bus and waits up to 60 seconds; where there is no bus or no daemon, it \
+             again. It asks layered-storesd, over its socket or over D-Bus, and waits up to 60 seconds; where there is no daemon, it \
              reconfigures the overlay mount by itself if it is privileged to. Nix is told to call it by the store URL \
              that `layered-stores uri` prints.",
         )

@@ -105,14 +105,11 @@ async fn status(name: Option<StoreName>, json: bool) -> Result<ExitCode> {
     let code = |problems: bool| if problems { ExitCode::from(PROBLEMS) } else { ExitCode::SUCCESS };
     if let Some(name) = name {
         let store = client.status(&name).await?;
-        // Whoever may not look into the upper layer sees everything else.
-        let usage = usage::usage(&store.upper_layer).ok();
         if json {
-            let mut object = serde_json::to_value(&store)?;
-            object["upper-layer-usage"] = serde_json::to_value(usage)?;
-            print_json(&object)?;
+            print_json(&store)?;
         } else {
-            print(&render::one(&store, usage))?;
+            // Whoever may not look into the upper layer sees everything else.
+            print(&render::one(&store, usage::usage(&store.upper_layer).ok()))?;
         }
         return Ok(code(render::has_problems(&store)));
     }

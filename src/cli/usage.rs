@@ -5,8 +5,7 @@ use std::{collections::HashSet, fs, io, os::unix::fs::MetadataExt, path::PathBuf
 use crate::overlay::probe::is_store_path_name;
 
 /// What an upper layer holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Usage {
     /// How many store paths.
     pub(super) paths: usize,

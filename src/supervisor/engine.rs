@@ -807,7 +807,7 @@ impl Engine {
         entry.refresh_count += 1;
         entry.last_refresh = how;
         entry.last_refresh_usec = realtime_usec();
-        tracing::info!(store = %name, refresh = how, probed = report.probed, "{name}: {how}, {} paths probed", report.probed);
+        tracing::info!(store = %name, refresh = how, probed = report.probed, "{name}: {how} (paths probed: {})", report.probed);
         if let Outcome::Swapped(old) = report.outcome {
             entry.swap_count += 1;
             if old == OldSuperblock::StillWritten {
