@@ -179,26 +179,24 @@ impl Reader<'_> {
         value: &Spanned<DeValue<'_>>,
     ) -> Option<(Declaration, Places)> {
         let mistakes = self.diagnostics.len();
-        let store = match name.get_ref().parse::<StoreName>() {
-            Ok(store) => store,
-            Err(error) => {
-                self.report(name.span(), format!("store {:?}: {error}", name.get_ref()));
-                return None;
-            }
-        };
+        let store = name.get_ref().as_ref();
+        let parsed = store.parse::<StoreName>();
+        if let Err(error) = &parsed {
+            self.report(name.span(), format!("store {store:?}: {error}"));
+        }
         let Some(table) = value.get_ref().as_table() else {
             let found = kind(value.get_ref());
-            self.report(value.span(), format!("store {:?}: a table is expected here, not {found}", store.as_str()));
+            self.report(value.span(), format!("store {store:?}: a table is expected here, not {found}"));
             return None;
         };
         for (key, _) in table.iter().filter(|(key, _)| !STORE_KEYS.contains(&&**key.get_ref())) {
-            self.unknown_key(Some(&store), key, &STORE_KEYS);
+            self.unknown_key(Some(store), key, &STORE_KEYS);
         }
-        let mut fields = Fields { reader: self, store: &store, table };
+        let mut fields = Fields { reader: self, store, table };
         let lower_store = fields.parsed("lower-store");
         if table.get("lower-store").is_none() {
             let message = "key \"lower-store\" is missing; name the store underneath, for example \"daemon\"";
-            fields.reader.report(name.span(), format!("store {:?}: {message}", store.as_str()));
+            fields.reader.report(name.span(), format!("store {store:?}: {message}"));
         }
         let root = fields.directory("root");
         let upper_layer = fields.directory("upper-layer");
@@ -207,6 +205,7 @@ impl Reader<'_> {
             Ownership { owner: fields.account("owner"), group: fields.account("group"), mode: fields.mode() };
         let required = fields.flag("required");
         let autostart = fields.flag("autostart");
+        let Ok(store) = parsed else { return None };
         if self.diagnostics.len() > mistakes {
             return None;
         }
@@ -226,8 +225,8 @@ impl Reader<'_> {
         ))
     }
 
-    fn unknown_key(&mut self, store: Option<&StoreName>, key: &Spanned<std::borrow::Cow<'_, str>>, valid: &[&str]) {
-        let place = store.map(|store| format!("store {:?}: ", store.as_str())).unwrap_or_default();
+    fn unknown_key(&mut self, store: Option<&str>, key: &Spanned<std::borrow::Cow<'_, str>>, valid: &[&str]) {
+        let place = store.map(|store| format!("store {store:?}: ")).unwrap_or_default();
         let hint = match nearest(key.get_ref(), valid.iter().copied()) {
             Some(nearest) => format!("did you mean {nearest:?}?"),
             None => format!("the keys are {}", valid.join(", ")),
@@ -249,7 +248,7 @@ impl Reader<'_> {
 /// The values of one store's table.
 struct Fields<'r, 'a, 't> {
     reader: &'r mut Reader<'a>,
-    store: &'r StoreName,
+    store: &'r str,
     table: &'r DeTable<'t>,
 }
 
@@ -281,7 +280,7 @@ impl Fields<'_, '_, '_> {
         let tail = format!("stores/{}/{tail}", self.store);
         let path = self.reader.defaults.state_dir.join(&tail);
         path.map_err(|error| {
-            let message = format!("store {:?}: the default of {key}: {error}; set {key}", self.store.as_str());
+            let message = format!("store {:?}: the default of {key}: {error}; set {key}", self.store);
             self.reader.report(0..0, message);
         })
         .ok()
@@ -325,12 +324,12 @@ impl Fields<'_, '_, '_> {
     }
 
     fn refuse(&mut self, key: &str, value: &str, span: Range<usize>, why: &dyn fmt::Display) {
-        self.reader.report(span, format!("store {:?}: {key} = {value:?}: {why}", self.store.as_str()));
+        self.reader.report(span, format!("store {:?}: {key} = {value:?}: {why}", self.store));
     }
 
     fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, expected: &str) {
         let found = kind(value.get_ref());
-        let message = format!("store {:?}: {key}: {expected} is expected here, not {found}", self.store.as_str());
+        let message = format!("store {:?}: {key}: {expected} is expected here, not {found}", self.store);
         self.reader.report(value.span(), message);
     }
 }

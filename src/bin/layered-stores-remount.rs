@@ -116,7 +116,9 @@ fn classify(error: zbus::Error) -> Unasked {
             | zbus::fdo::Error::Disconnected(message)
             | zbus::fdo::Error::SpawnExecFailed(message)
             | zbus::fdo::Error::SpawnFailed(message) => Unasked::Unreachable(message.clone()),
-            zbus::fdo::Error::AccessDenied(message) => Unasked::Refused(message.clone()),
+            zbus::fdo::Error::AccessDenied(message) | zbus::fdo::Error::InteractiveAuthorizationRequired(message) => {
+                Unasked::Refused(message.clone())
+            }
             other => Unasked::Refused(other.to_string()),
         },
         zbus::Error::InputOutput(_) => Unasked::Refused(format!(

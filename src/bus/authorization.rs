@@ -58,10 +58,9 @@ impl Authorization {
         store: Option<&str>,
         owner: Option<u32>,
     ) -> Result<()> {
-        let denied = |why: String| {
-            let what = store.map(|store| format!(" on store {store:?}")).unwrap_or_default();
-            BusError::access_denied(format!("{}{what} is refused: {why}", action.id()))
-        };
+        let what = store.map_or_else(|| action.id().to_owned(), |store| format!("{} on store {store:?}", action.id()));
+        let denied = |why: String| BusError::access_denied(format!("{what} is refused: {why}"));
+        let way_out = if owner.is_some() { "run it as root or as the store's owner" } else { "run it as root" };
         let sender = call.sender().ok_or_else(|| denied("the caller is not known to the bus".to_owned()))?;
         let uid = self.bus.get_connection_unix_user(sender.to_owned().into()).await;
         let uid = uid.map_err(|error| denied(format!("the bus does not know the caller: {error}")))?;
@@ -83,8 +82,8 @@ impl Authorization {
             Ok(answer) if answer.is_challenge && !interactive => Err(BusError::interactive_authorization_required(
                 format!("{} needs authentication, and the caller has not offered any; run it as root", action.id()),
             )),
-            Ok(_) => Err(denied("polkit does not allow it; run it as root".to_owned())),
-            Err(error) => Err(denied(format!("polkit cannot be asked ({error}); run it as root"))),
+            Ok(_) => Err(denied(format!("polkit does not allow it; {way_out}"))),
+            Err(error) => Err(denied(format!("polkit cannot be asked ({error}); {way_out}"))),
         }
     }
 }

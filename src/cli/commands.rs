@@ -173,7 +173,14 @@ fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> 
     }
     // Where the hook is does not decide whether a configuration is right.
     let remount_hook = "/usr/bin/layered-stores-remount".parse().context("the default hook")?;
-    let config = config::load(file, &Defaults { state_dir, remount_hook })?;
+    let config = match config::load(file, &Defaults { state_dir, remount_hook }) {
+        Err(mistakes @ config::ConfigError::Invalid { .. }) => {
+            // As compilers print them, for editors to jump to.
+            anstream::eprintln!("{mistakes}");
+            return Ok(ExitCode::FAILURE);
+        }
+        config => config?,
+    };
     if json {
         let store = |spec: &crate::store::StoreSpec| {
             json!({

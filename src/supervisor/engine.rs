@@ -333,8 +333,7 @@ impl Engine {
                     entry.remounting.push(reply);
                     self.refresh(&name);
                 } else {
-                    let state = entry.cell.read(|status| status.state.to_string());
-                    let _ = reply.send(Err(Error::NotActive(name, state)));
+                    let _ = reply.send(Err(entry.not_active()));
                 }
             }
             Command::Verify(name, reply) => {
@@ -344,8 +343,7 @@ impl Engine {
                     let spec = Arc::clone(&entry.spec);
                     self.operations.spawn(async move { (name, Done::Verified(operation::verify(spec).await)) });
                 } else {
-                    let state = entry.cell.read(|status| status.state.to_string());
-                    let _ = reply.send(Err(Error::NotActive(name, state)));
+                    let _ = reply.send(Err(entry.not_active()));
                 }
             }
             Command::Reload(reply) => {
@@ -425,7 +423,7 @@ impl Engine {
     }
 
     fn reload_failed(&mut self, why: &str) {
-        tracing::error!("the configuration was not changed: {why}");
+        tracing::error!("the configuration was not changed:\n{why}");
         let error = Error::InvalidConfiguration(why.to_owned());
         answer(std::mem::take(&mut self.reload_waiting), &Err(error));
     }
@@ -491,11 +489,13 @@ impl Engine {
             Ok(table) => {
                 for entry in self.entries.values_mut() {
                     entry.mount = table.state(&entry.spec.layers);
+                    entry.look_at_mount();
                 }
             }
             Err(error) => tracing::error!("the mount table cannot be read: {error}"),
         }
         drop(registry);
+        self.confirm(now);
         for name in self.entries.keys().cloned().collect::<Vec<_>>() {
             // Planning for one store can take several steps, and none of them more than once.
             for _ in 0..4 {
@@ -506,6 +506,30 @@ impl Engine {
         }
         self.publish_all();
         self.check_settled();
+    }
+
+    /// Lets what operations have brought count, now that the mount table was read.
+    fn confirm(&mut self, now: Instant) {
+        let confirmable = |entry: &&mut Entry| entry.unconfirmed.is_some();
+        let mut confirmed = Vec::new();
+        for entry in self.entries.values_mut().filter(confirmable) {
+            let adopted = entry.op.take() == Some(Op::Adopt);
+            let Some(up) = entry.unconfirmed.take() else { continue };
+            let shown = match &entry.mount {
+                MountState::Mounted { .. } => {
+                    confirmed.push((entry.spec.name.clone(), up, adopted));
+                    continue;
+                }
+                MountState::Absent => "nothing there",
+                MountState::Covered { by: what } | MountState::Foreign { what } => what,
+            };
+            let reason = format!("the mount unit is up, but the mount table shows {shown}");
+            entry.fail(Problem::StartFailed, reason);
+            entry.retry_later(now);
+        }
+        for (name, up, adopted) in confirmed {
+            self.is_up(&name, up, adopted);
+        }
     }
 
     /// Carries out the next action for a store. Whether there may be another one.
@@ -634,9 +658,14 @@ impl Engine {
             answer(std::mem::take(&mut entry.verifying), &result);
             return;
         }
-        let op = entry.op.take();
+        if let Done::Up(Ok(up)) = done {
+            entry.unconfirmed = Some(up);
+            self.look_soon();
+            return;
+        }
+        entry.op = None;
+        let refreshed = matches!(done, Done::Refreshed(_));
         match done {
-            Done::Up(Ok(up)) => self.is_up(name, up, op == Some(Op::Adopt)),
             Done::Up(Err(error)) => {
                 entry.fail(Problem::StartFailed, error.to_string());
                 entry.retry_later(now);
@@ -666,14 +695,17 @@ impl Engine {
                 let failed = Err(Error::RefreshFailed(name.clone(), message));
                 answer(std::mem::take(&mut entry.refreshing), &failed);
             }
-            Done::Verified(_) => {}
+            Done::Up(Ok(_)) | Done::Verified(_) => {}
         }
         self.publish(name);
         // Whoever asked while something else was being done is served now.
         if self.entries.get(name).is_some_and(|entry| !entry.remounting.is_empty()) {
             self.refresh(name);
         }
-        self.look_soon();
+        // A refresh does not change what the mount table says of a store.
+        if !refreshed {
+            self.look_soon();
+        }
     }
 
     fn is_up(&mut self, name: &StoreName, up: Up, adopted: bool) {
@@ -695,19 +727,6 @@ impl Engine {
             }
             None => entry.clear(&[Problem::Unwatched]),
         }
-        if let MountState::Mounted { read_only, unpinned, .. } = &entry.mount {
-            let (read_only, unpinned) = (*read_only, unpinned.clone());
-            entry.clear(&[Problem::ReadOnly, Problem::MountOptions]);
-            if read_only {
-                let message = "the kernel refuses writes to it; look for errors of the upper layer's filesystem";
-                entry.problem(Problem::ReadOnly, message.to_owned());
-            }
-            if let Some(option) = unpinned {
-                let message =
-                    format!("it is mounted with {option}, which makes changes of its layers dangerous; restart it");
-                entry.problem(Problem::MountOptions, message);
-            }
-        }
         for above in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
             above.try_again();
         }
@@ -721,7 +740,7 @@ impl Engine {
             entry.want(Want::Up);
         } else {
             entry.retry_later(Instant::now());
-            entry.problem(Problem::Busy, format!("it should be down and is in use: {why}; it is tried again"));
+            entry.problem(Problem::Busy, format!("it should be down and stays mounted: {why}; it is tried again"));
         }
         answer(asked, &Err(Error::Busy(name.clone(), why.to_owned())));
     }
@@ -766,8 +785,8 @@ impl Engine {
             return;
         }
         if entry.phase != Phase::Active {
-            let state = entry.cell.read(|status| status.state.to_string());
-            answer(std::mem::take(&mut entry.remounting), &Err(Error::NotActive(name.clone(), state)));
+            let error = entry.not_active();
+            answer(std::mem::take(&mut entry.remounting), &Err(error));
             return;
         }
         let (changes, owed) = entry.owed.take();

@@ -10,6 +10,7 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     Error,
+    operation::Up,
     plan::{Failure, Phase, Want},
     status::{Problem, State, Status, StatusCell},
 };
@@ -38,6 +39,10 @@ const RETRY_MOST: Duration = Duration::from_secs(300);
 /// hook when it has deleted everything, which is most often sooner.
 const SETTLE: Duration = Duration::from_millis(300);
 const SETTLE_MOST: Duration = Duration::from_secs(3);
+
+/// The problems of which a store that failed has one.
+const WHY_FAILED: [Problem; 5] =
+    [Problem::StartFailed, Problem::Covered, Problem::Foreign, Problem::MountLost, Problem::NotOurs];
 
 /// What is being done about a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +123,8 @@ pub(super) struct Entry {
     pub(super) remounting: Vec<Reply>,
     pub(super) refreshing: Vec<Reply>,
     pub(super) verifying: Vec<Reply<Vec<Stale>>>,
+    /// What an operation that ended well has brought; it counts once the mount table agrees.
+    pub(super) unconfirmed: Option<Up>,
 }
 
 impl Entry {
@@ -157,6 +164,7 @@ impl Entry {
             remounting: Vec::new(),
             refreshing: Vec::new(),
             verifying: Vec::new(),
+            unconfirmed: None,
         }
     }
 
@@ -187,7 +195,7 @@ impl Entry {
         self.reason.clear();
         self.retries = 0;
         self.try_again();
-        self.clear(&[Problem::StartFailed, Problem::Covered, Problem::Foreign, Problem::MountLost, Problem::NotOurs]);
+        self.clear(&WHY_FAILED);
     }
 
     /// Notes that it is down.
@@ -202,6 +210,8 @@ impl Entry {
 
     /// Gives up until something changes.
     pub(super) fn fail(&mut self, problem: Problem, reason: String) {
+        let others: Vec<_> = WHY_FAILED.into_iter().filter(|other| *other != problem).collect();
+        self.clear(&others);
         self.phase = Phase::Failed { seen: self.mount.clone() };
         self.retry = false;
         self.reason.clone_from(&reason);
@@ -256,6 +266,41 @@ impl Entry {
     pub(super) fn clear(&mut self, problems: &[Problem]) {
         for problem in problems {
             self.problems.remove(problem);
+        }
+    }
+
+    /// Notes what the mount table says about a mount that is in use.
+    pub(super) fn look_at_mount(&mut self) {
+        let MountState::Mounted { read_only, unpinned, .. } = self.mount.clone() else { return };
+        if read_only {
+            let message =
+                "the kernel refuses writes to it; look for errors of the upper layer's filesystem, or remount it rw";
+            self.problem(Problem::ReadOnly, message.to_owned());
+        } else {
+            self.clear(&[Problem::ReadOnly]);
+        }
+        match unpinned {
+            Some(option) => {
+                let message =
+                    format!("it is mounted with {option}, which makes changes of its layers dangerous; restart it");
+                self.problem(Problem::MountOptions, message);
+            }
+            None => self.clear(&[Problem::MountOptions]),
+        }
+    }
+
+    /// The answer to those who want something of a store that is not up.
+    pub(super) fn not_active(&self) -> Error {
+        let name = self.spec.name.clone();
+        match self.phase {
+            Phase::Failed { .. } => Error::NotActive(name, self.reason.clone()),
+            _ if self.want == Want::Up => {
+                Error::NotActive(name, "it is on its way up; try again in a moment".to_owned())
+            }
+            _ => {
+                let way_out = format!("start it with `layered-stores start {name}`");
+                Error::NotActive(name, way_out)
+            }
         }
     }
 

@@ -11,14 +11,14 @@ pub enum Error {
     /// No store has that real store dir.
     #[error("no layered store has the real store dir {0:?}; `layered-stores status` shows those there are")]
     NoStoreAtPath(String),
-    /// The store is not mounted, so there is nothing to refresh.
-    #[error("store {0:?} is {1}, not active; start it with `layered-stores start {0}`")]
+    /// The store is not up, so there is nothing to refresh.
+    #[error("store {0:?} is not active: {1}")]
     NotActive(StoreName, String),
     /// The store could not be started.
     #[error("store {0:?} could not be started: {1}")]
     StartFailed(StoreName, String),
-    /// The store could not be stopped because it is in use.
-    #[error("store {0:?} is in use and stays mounted: {1}")]
+    /// The store could not be stopped, most likely because it is in use.
+    #[error("store {0:?} stays mounted: {1}")]
     Busy(StoreName, String),
     /// Other layered stores lie on it.
     #[error("store {0:?} is the lower store of {list}; stop {list} first", list = .1.join(" and "))]
@@ -30,7 +30,7 @@ pub enum Error {
     #[error("store {0:?} is stale even after a swap: {1}; restart it with `layered-stores stop {0}` and `start {0}`")]
     Stale(StoreName, String),
     /// The configuration holds mistakes. The old one stays.
-    #[error("the configuration was not changed: {0}")]
+    #[error("the configuration was not changed:\n{0}")]
     InvalidConfiguration(String),
     /// The daemon is going down.
     #[error("the daemon is shutting down; the mounts stay")]

@@ -2,7 +2,7 @@
 //!
 //! Each can be interrupted anywhere and made again. Parts that block run on threads in PID 1's mount namespace.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use super::record::Records;
 use crate::{
@@ -16,12 +16,8 @@ use crate::{
         watch::{WatchError, Watches},
     },
     store::StoreSpec,
-    systemd::{UnitError, Units, is_transient},
+    systemd::{UnitError, Units},
 };
-
-/// How long a unit that another daemon's run has begun to start is waited for.
-const BEGUN_ATTEMPTS: u32 = 200;
-const BEGUN_PAUSE: Duration = Duration::from_millis(50);
 
 /// What operations work with.
 #[derive(Clone, Debug)]
@@ -40,10 +36,8 @@ pub(super) enum OperationError {
     Unit(#[from] UnitError),
     #[error("{unit}{}", .detail.as_ref().map(|d| format!(" — {d}")).unwrap_or_default())]
     Mount { unit: UnitError, detail: Option<String> },
-    #[error("{unit}{}", in_use(.holders))]
+    #[error("{}", in_use(.unit, .holders))]
     Unmount { unit: UnitError, holders: Vec<String> },
-    #[error("the mount unit is up, but the mount table shows {0}")]
-    ReadBack(String),
     #[error(transparent)]
     Record(#[from] super::record::RecordError),
     #[error(transparent)]
@@ -56,8 +50,8 @@ pub(super) enum OperationError {
     Panic(String),
 }
 
-fn in_use(holders: &[String]) -> String {
-    if holders.is_empty() { String::new() } else { format!(" — used by {}", holders.join(", ")) }
+fn in_use(unit: &UnitError, holders: &[String]) -> String {
+    if holders.is_empty() { unit.to_string() } else { format!("it is used by {}", holders.join(", ")) }
 }
 
 /// A store that was brought up or taken over.
@@ -78,7 +72,8 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(OperationError::Panic(error.to_string())))
 }
 
-/// Brings a store up that is not mounted. A lock that is held from an earlier attempt is used.
+/// Brings a store up that is not mounted, until its mount unit's job is done. Whether the mount is what it should be, only a
+/// look at the mount table tells, which the engine takes for many stores at a time.
 pub(super) async fn start(tools: Tools, spec: Arc<StoreSpec>, lock: Option<UpperLock>) -> Result<Up, OperationError> {
     let prepare = {
         let (tools, spec) = (tools.clone(), Arc::clone(&spec));
@@ -92,21 +87,19 @@ pub(super) async fn start(tools: Tools, spec: Arc<StoreSpec>, lock: Option<Upper
         }
     };
     let (lock, unwatched, fingerprint) = blocking(prepare).await?;
-    match tools.units.start(&spec).await {
+    let is_mounted = || {
+        let look = blocking({
+            let spec = Arc::clone(&spec);
+            move || mount_state(&spec)
+        });
+        async { look.await.is_ok_and(|state| matches!(state, MountState::Mounted { .. })) }
+    };
+    match tools.units.start(&spec, is_mounted).await {
         Ok(()) => {}
-        // Begun by a daemon that was killed: systemd carries the job out all the same.
-        Err(UnitError::Exists(_)) if is_transient(&spec.mount_unit) => await_mount(&spec).await?,
         Err(unit @ UnitError::Job { .. }) => return Err(explain(unit, spec).await),
         Err(error) => return Err(error.into()),
     }
     blocking(move || {
-        match mount_state(&spec)? {
-            MountState::Mounted { .. } => {}
-            MountState::Absent => return Err(OperationError::ReadBack("nothing".to_owned())),
-            MountState::Covered { by: what } | MountState::Foreign { what } => {
-                return Err(OperationError::ReadBack(what));
-            }
-        }
         if let Some(fingerprint) = fingerprint {
             tools.records.keep_fingerprint(&spec.name, &fingerprint);
         }
@@ -198,17 +191,6 @@ pub(super) async fn verify(spec: Arc<StoreSpec>) -> Result<Vec<Stale>, Operation
         Ok(stale.map_err(|errno| RefreshError::Probe(layers.merged.clone(), errno))?)
     })
     .await
-}
-
-async fn await_mount(spec: &Arc<StoreSpec>) -> Result<(), OperationError> {
-    for _ in 0..BEGUN_ATTEMPTS {
-        let spec = Arc::clone(spec);
-        if blocking(move || mount_state(&spec)).await? != MountState::Absent {
-            return Ok(());
-        }
-        tokio::time::sleep(BEGUN_PAUSE).await;
-    }
-    Err(UnitError::Exists(spec.mount_unit.clone()).into())
 }
 
 /// Asks the kernel itself why a mount failed: mount(8) says it only in the journal.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use zbus::{Connection, wire::OwnedObjectPath};
 
 use super::{
@@ -22,6 +22,17 @@ const JOB_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How many results of jobs that nobody has asked for yet are kept. Other clients' jobs are among them.
 const UNCLAIMED: usize = 4096;
+
+/// How many calls may be without an answer: dbus-daemon allows a connection 128 (`max_replies_per_connection`).
+///
+/// How many jobs are under way is not limited. PID 1 reads the whole mount table when a mount process has ended and it has
+/// changed; with many processes at a time it reads once for many.
+const CALLS: usize = 100;
+
+/// How long a unit that systemd still believes to be up, or is about to take down, is waited for. systemd looks at the mount
+/// table up to a second late, because it limits how often it does (`manager_enumerate` in `src/core/mount.c`).
+const SETTLE_ATTEMPTS: u32 = 100;
+const SETTLE_PAUSE: Duration = Duration::from_millis(100);
 
 /// What came of a job (`result` of `JobRemoved`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +129,7 @@ struct Jobs {
 pub struct Units {
     manager: ManagerProxy<'static>,
     jobs: Arc<Mutex<Jobs>>,
+    calls: Arc<Semaphore>,
 }
 
 impl Units {
@@ -134,33 +146,57 @@ impl Units {
         let removed = manager.receive_job_removed().await?;
         let jobs = Arc::<Mutex<Jobs>>::default();
         tokio::spawn(dispatch(removed, Arc::clone(&jobs)));
-        Ok(Self { manager, jobs })
+        Ok(Self { manager, jobs, calls: Arc::new(Semaphore::new(CALLS)) })
     }
 
-    /// Starts the mount unit of a store and waits until it is mounted.
+    /// Starts the mount unit of a store and waits for its job.
+    ///
+    /// `is_mounted` is asked when systemd says that there is such a unit already: a daemon that was killed may have begun the
+    /// job, or systemd may not have noticed yet that the mount is gone.
     ///
     /// # Errors
     /// [`UnitError`]; nothing is mounted then.
-    pub async fn start(&self, spec: &StoreSpec) -> Result<(), UnitError> {
+    pub async fn start<F>(&self, spec: &StoreSpec, is_mounted: impl Fn() -> F) -> Result<(), UnitError>
+    where
+        F: Future<Output = bool>,
+    {
         const DOING: &str = "start";
         let unit = &spec.mount_unit;
+        for attempt in 1.. {
+            let source = match self.call_start(spec).await {
+                Ok(job) => return self.wait(job, DOING, unit).await,
+                Err(error) => error,
+            };
+            let exists = is_named(&source, "org.freedesktop.systemd1.UnitExists");
+            if exists && !mount_unit::is_transient(unit) {
+                return Err(UnitError::Exists(unit.clone()));
+            }
+            // A stop is under way, of the unit or of the whole machine.
+            let conflicts = is_named(&source, "org.freedesktop.systemd1.TransactionIsDestructive");
+            if !(exists || conflicts) || attempt == SETTLE_ATTEMPTS {
+                return Err(UnitError::Refused { doing: DOING, unit: unit.clone(), source: Box::new(source) });
+            }
+            if is_mounted().await {
+                return Ok(());
+            }
+            tokio::time::sleep(SETTLE_PAUSE).await;
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    async fn call_start(&self, spec: &StoreSpec) -> zbus::Result<OwnedObjectPath> {
+        let unit = spec.mount_unit.as_str();
+        let _call = self.calls.acquire().await;
         // "fail": never cancel somebody else's job, such as the stop of a shutdown.
-        let start = || self.manager.start_transient_unit(unit.as_str(), "fail", mount_unit::properties(spec), &[]);
-        let job = match start().await {
+        let start = || self.manager.start_transient_unit(unit, "fail", mount_unit::properties(spec), &[]);
+        match start().await {
             Err(error) if is_named(&error, "org.freedesktop.systemd1.UnitExists") => {
                 // A unit that failed keeps its name until it is reset. One that runs cannot be reset away.
-                let _ = self.manager.reset_failed_unit(unit.as_str()).await;
+                let _ = self.manager.reset_failed_unit(unit).await;
                 start().await
             }
             result => result,
-        };
-        let job = job.map_err(|source| {
-            if is_named(&source, "org.freedesktop.systemd1.UnitExists") {
-                return UnitError::Exists(unit.clone());
-            }
-            UnitError::Refused { doing: DOING, unit: unit.clone(), source: Box::new(source) }
-        })?;
-        self.wait(job, DOING, unit).await
+        }
     }
 
     /// Stops a mount unit and waits until it is unmounted.
@@ -169,7 +205,11 @@ impl Units {
     /// [`UnitError`]; it is still mounted then, most likely because it is in use.
     pub async fn stop(&self, unit: &MountUnitName) -> Result<(), UnitError> {
         const DOING: &str = "stop";
-        match self.manager.stop_unit(unit.as_str(), "fail").await {
+        let stopped = {
+            let _call = self.calls.acquire().await;
+            self.manager.stop_unit(unit.as_str(), "fail").await
+        };
+        match stopped {
             Ok(job) => self.wait(job, DOING, unit).await,
             Err(error) if is_named(&error, "org.freedesktop.systemd1.NoSuchUnit") => Ok(()),
             Err(source) => Err(UnitError::Refused { doing: DOING, unit: unit.clone(), source: Box::new(source) }),
