@@ -102,6 +102,9 @@ install: build ## executables, units, D-Bus and polkit files, man pages, complet
 	cd "$(CURDIR)"; \
 	into $(DOCDIR)/examples; \
 	$(INSTALL) -m 644 $(documents) "$(DESTDIR)$(DOCDIR)"; \
+	into $(DOCDIR)/docs/images; \
+	$(INSTALL) -m 644 $(wildcard docs/*.md) "$(DESTDIR)$(DOCDIR)/docs"; \
+	$(INSTALL) -m 644 $(wildcard docs/images/*.svg) "$(DESTDIR)$(DOCDIR)/docs/images"; \
 	$(INSTALL) -m 644 data/config.toml "$(DESTDIR)$(DOCDIR)/examples"; \
 	echo 'installed into $(DESTDIR)$(PREFIX)'; \
 	[ -n "$(DESTDIR)" ] || echo 'now: systemctl daemon-reload && systemctl enable --now layered-storesd'

@@ -47,7 +47,7 @@ error Failed (message: string)
 /// The longest call, in bytes; a path has at most 255.
 const LONGEST_CALL: u64 = 4096;
 
-/// How many clients are served at a time. Others wait to be accepted.
+/// How many clients that are not root are served at a time. Others are sent to the bus, as strangers are.
 const CLIENTS: usize = 32;
 
 /// How long a client may take to send its call.
@@ -97,13 +97,19 @@ pub fn listen(socket: &Path) -> io::Result<UnixListener> {
 pub async fn serve(listener: UnixListener, handle: Handle) {
     let places = Arc::new(Semaphore::new(CLIENTS));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
+                let Ok(uid) = stream.peer_cred().map(|peer| peer.uid()) else { continue };
+                // Nobody waits for somebody else: strangers are answered at once, without listening to them.
+                let place = Arc::clone(&places).try_acquire_owned().ok();
+                if uid != 0 && (place.is_none() || !handle.is_owner(uid)) {
+                    turn_away(stream);
+                    continue;
+                }
                 let handle = handle.clone();
                 tokio::spawn(async move {
                     // A client that goes away in the middle is nothing to talk about.
-                    let _ = converse(stream, &handle).await;
+                    let _ = converse(stream, uid, &handle).await;
                     drop(place);
                 });
             }
@@ -115,8 +121,15 @@ pub async fn serve(listener: UnixListener, handle: Handle) {
     }
 }
 
-async fn converse(stream: UnixStream, handle: &Handle) -> io::Result<()> {
-    let uid = stream.peer_cred()?.uid();
+fn turn_away(stream: UnixStream) {
+    let message = json!({ "message": "only root and the store's owner can ask here" });
+    let mut text = serde_json::to_vec(&Reply::error(NOT_AUTHORIZED, message)).unwrap_or_default();
+    text.push(0);
+    // It fits into the socket's buffer, which is empty.
+    let _ = stream.into_std().and_then(|mut stream| stream.write_all(&text));
+}
+
+async fn converse(stream: UnixStream, uid: u32, handle: &Handle) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read.take(LONGEST_CALL));
     loop {

@@ -166,6 +166,10 @@ class Nspawn:
         self._disk.cut_power()
         self._cgroup.kill()
         self.wait_until_off()
+        # The kernel counts how often a cgroup was killed, and where parent and child count
+        # differently it kills what is started there later (CLONE_INTO_CGROUP, Linux 6.18).
+        self._cgroup.remove()
+        self._cgroup = Cgroup()
         self._disk.unmount()
 
     def close(self) -> None:

@@ -79,11 +79,15 @@ impl Authorization {
         let answer = self.polkit.check_authorization(&subject, action.id(), &details, flags, "").await;
         match answer {
             Ok(answer) if answer.is_authorized => Ok(()),
-            Ok(answer) if answer.is_challenge && !interactive => Err(BusError::interactive_authorization_required(
-                format!("{} needs authentication, and the caller has not offered any; run it as root", action.id()),
-            )),
+            Ok(answer) if answer.is_challenge && !interactive => {
+                let message = format!("{what} needs authentication; {way_out}");
+                Err(BusError::interactive_authorization_required(message))
+            }
             Ok(_) => Err(denied(format!("polkit does not allow it; {way_out}"))),
-            Err(error) => Err(denied(format!("polkit cannot be asked ({error}); {way_out}"))),
+            Err(error) => {
+                let why = error.description().map_or_else(|| error.to_string(), str::to_owned);
+                Err(denied(format!("polkit cannot be asked ({why}); {way_out}")))
+            }
         }
     }
 }

@@ -6,10 +6,13 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, OFlags},
+    fs::OFlags,
     io::Errno,
     mount::{FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags},
 };
+
+/// `OVERLAYFS_SUPER_MAGIC` of `linux/magic.h`.
+const OVERLAYFS_MAGIC: u64 = 0x794c_7630;
 
 /// A filesystem context: settings on their way into a new or an existing superblock.
 #[derive(Debug)]
@@ -127,12 +130,7 @@ pub fn refer_to(path: &str) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, rustix::fs::Mode::empty())
 }
 
-/// Whether `path` is the root of a mount.
-///
-/// # Errors
-/// The kernel's answer.
-pub fn is_mount_root(path: &str) -> Result<bool, Errno> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
-    let stat = rustix::fs::statx(CWD, path, flags, rustix::fs::StatxFlags::empty())?;
-    Ok(stat.stx_attributes.contains(rustix::fs::StatxAttributes::MOUNT_ROOT))
+/// Whether `path` is on an overlay.
+pub fn is_overlay(path: &str) -> bool {
+    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type as u64 == OVERLAYFS_MAGIC)
 }

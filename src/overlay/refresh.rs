@@ -10,14 +10,11 @@ use rustix::{
 };
 
 use super::{
-    context::{ContextError, FsContext},
+    context::{ContextError, FsContext, is_overlay},
     probe::{self, Stale},
-    swap::{OldSuperblock, SwapError, swap},
+    swap::{OldMount, SwapError, swap},
 };
 use crate::store::{AbsolutePath, Layers};
-
-/// `OVERLAYFS_SUPER_MAGIC` of `linux/magic.h`.
-const OVERLAYFS_MAGIC: u64 = 0x794c_7630;
 
 /// The lowest step a refresh starts with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,7 +63,7 @@ pub enum Outcome {
     /// The superblock was reconfigured.
     Reconfigured,
     /// A fresh superblock was put in place.
-    Swapped(OldSuperblock),
+    Swapped,
 }
 
 /// The result of a refresh.
@@ -74,6 +71,8 @@ pub enum Outcome {
 pub struct Report {
     /// What was done.
     pub outcome: Outcome,
+    /// The mount that was swapped out, if one was.
+    pub old: Option<OldMount>,
     /// What is wrong all the same.
     pub still_stale: Vec<Stale>,
     /// How many paths were probed.
@@ -142,9 +141,8 @@ impl Fingerprint {
 /// # Errors
 /// [`RefreshError`]; success says nothing about whether the view is right.
 pub fn reconfigure(merged: &str) -> Result<(), RefreshError> {
-    match rustix::fs::statfs(merged) {
-        Ok(stat) if stat.f_type as u64 == OVERLAYFS_MAGIC => {}
-        _ => return Err(RefreshError::NotAnOverlay(merged.to_owned())),
+    if !is_overlay(merged) {
+        return Err(RefreshError::NotAnOverlay(merged.to_owned()));
     }
     let context = FsContext::pick(CWD, merged).map_err(|error| match error.errno() {
         Errno::INVAL | Errno::NOENT => RefreshError::NotAnOverlay(merged.to_owned()),
@@ -163,18 +161,19 @@ pub fn refresh(layers: &Layers, changes: &Changes, from: Rung) -> Result<Report,
     let fingerprint = Fingerprint::of(layers).map_err(cannot_look)?;
     let names = if changes.unknown { probe::all_names(layers).map_err(cannot_look)? } else { changes.names.clone() };
     let probe = |names: &BTreeSet<String>| probe::stale(layers, names.iter().map(String::as_str)).map_err(cannot_look);
-    let report = |outcome, still_stale| Report { outcome, still_stale, probed: names.len(), fingerprint };
+    let probed = names.len();
+    let report = |outcome, old, still_stale| Report { outcome, old, still_stale, probed, fingerprint };
 
     if from == Rung::Probe && probe(&names)?.is_empty() {
-        return Ok(report(Outcome::Current, Vec::new()));
+        return Ok(report(Outcome::Current, None, Vec::new()));
     }
     if from < Rung::Swap {
         reconfigure(layers.merged.as_str())?;
         if probe(&names)?.is_empty() {
-            return Ok(report(Outcome::Reconfigured, Vec::new()));
+            return Ok(report(Outcome::Reconfigured, None, Vec::new()));
         }
     }
     let old = swap(layers)?;
     let still_stale = probe(&names)?;
-    Ok(report(Outcome::Swapped(old), still_stale))
+    Ok(report(Outcome::Swapped, Some(old), still_stale))
 }

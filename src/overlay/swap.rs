@@ -5,7 +5,7 @@
 //! entries: it is attached beneath the old mount (`MOVE_MOUNT_BENEATH`, Linux 6.5) and becomes visible in the instant
 //! the old one is detached. Holders of old files keep them until they close them.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::{
     fs::CWD,
@@ -14,10 +14,10 @@ use rustix::{
 };
 
 use super::{
-    context::{ContextError, FsContext, refer_to},
+    context::{ContextError, FsContext, is_overlay, refer_to},
     options::superblock_options,
 };
-use crate::store::{AbsolutePath, Layers};
+use crate::store::{AbsolutePath, Layers, MAX_DEPTH};
 
 /// Why a swap was not made. The old mount is in place and as it was.
 #[derive(Debug, thiserror::Error)]
@@ -45,11 +45,15 @@ pub enum OldSuperblock {
     StillWritten,
 }
 
+/// The mount that was swapped out. It is to be [retired](Self::retire) a little later.
+#[derive(Debug)]
+pub struct OldMount(OwnedFd);
+
 /// Puts a fresh superblock in place of the mount at the merged directory. Takes well under a millisecond.
 ///
 /// # Errors
 /// [`SwapError`]; the merged directory shows the old mount then.
-pub fn swap(layers: &Layers) -> Result<OldSuperblock, SwapError> {
+pub fn swap(layers: &Layers) -> Result<OldMount, SwapError> {
     let merged = &layers.merged;
     let old = refer_to(merged.as_str()).map_err(|errno| SwapError::Refer(merged.clone(), errno))?;
     let fresh = fresh_mount(layers).map_err(|error| SwapError::Create(merged.clone(), error))?;
@@ -58,7 +62,7 @@ pub fn swap(layers: &Layers) -> Result<OldSuperblock, SwapError> {
         .map_err(|errno| SwapError::Attach(merged.clone(), errno))?;
     drop(fresh);
     detach_top(merged)?;
-    Ok(retire(old))
+    Ok(OldMount(old))
 }
 
 /// Takes the upper one of two mounts of the same store away: the second half of a swap.
@@ -70,12 +74,22 @@ pub fn detach_top(merged: &AbsolutePath) -> Result<(), SwapError> {
     rustix::mount::unmount(merged.as_str(), flags).map_err(|errno| SwapError::Detach(merged.clone(), errno))
 }
 
-/// What the kernel says when it is asked for an overlay of these layers; `None` if it makes one.
+/// Why the kernel does not make an overlay of these layers; `None` if it does.
+///
+/// That overlays are stacked too deep it tells nobody but its own log, so that case is guessed from the lower directory.
 pub fn why_not(layers: &Layers) -> Option<String> {
-    fresh_mount(layers).err().map(|error| error.to_string())
+    let error = fresh_mount(layers).err()?;
+    let lower = &layers.lower;
+    if error.errno() == Errno::INVAL && is_overlay(lower.as_str()) {
+        return Some(format!(
+            "lower-store: {lower} is on an overlay already, and the kernel stacks at most {MAX_DEPTH} overlays; use the \
+             lower store of the one below"
+        ));
+    }
+    Some(error.to_string())
 }
 
-fn fresh_mount(layers: &Layers) -> Result<std::os::fd::OwnedFd, ContextError> {
+fn fresh_mount(layers: &Layers) -> Result<OwnedFd, ContextError> {
     let context = FsContext::open("overlay")?;
     context.set("source", "overlay")?;
     for (key, value) in superblock_options(layers) {
@@ -84,19 +98,24 @@ fn fresh_mount(layers: &Layers) -> Result<std::os::fd::OwnedFd, ContextError> {
     context.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)
 }
 
-/// Makes the old superblock refuse writes, so that two superblocks do not write to one upper layer.
-///
-/// This comes after the swap and not before it: made read-only while it still is what the path leads to, it would fail
-/// every build that creates a file in that moment. Nobody can come to it by path any more; only processes with
-/// a directory or file of it open can, and if one of those has it open for writing, the kernel answers `EBUSY` and
-/// its writes go on into files that both superblocks share.
-fn retire(old: std::os::fd::OwnedFd) -> OldSuperblock {
-    let retired = FsContext::pick(&old, "").and_then(|context| {
-        context.set_flag("ro")?;
-        context.reconfigure()
-    });
-    match retired {
-        Err(error) if error.errno() == Errno::BUSY => OldSuperblock::StillWritten,
-        _ => OldSuperblock::Retired,
+impl OldMount {
+    /// How long system calls that were under way at the swap are given to come to their end.
+    pub const GRACE: std::time::Duration = std::time::Duration::from_millis(500);
+
+    /// Makes the old superblock refuse writes, so that two superblocks do not go on writing to one upper layer.
+    ///
+    /// This comes after the swap and not before it, and not at once: made read-only while it still is what the path leads to,
+    /// or while calls are under way that have resolved their path to it, it would fail builds that create a file in that
+    /// moment. After [`GRACE`](Self::GRACE) only processes with a directory or file of it open can reach it, and if one of
+    /// those has a file open for writing, the kernel answers `EBUSY` and its writes go on into files that both share.
+    pub fn retire(self) -> OldSuperblock {
+        let retired = FsContext::pick(&self.0, "").and_then(|context| {
+            context.set_flag("ro")?;
+            context.reconfigure()
+        });
+        match retired {
+            Err(error) if error.errno() == Errno::BUSY => OldSuperblock::StillWritten,
+            _ => OldSuperblock::Retired,
+        }
     }
 }

@@ -83,6 +83,13 @@ impl StoreSpec {
         }
     }
 
+    /// Whether a directory of one store is, or lies inside, one of the other.
+    pub fn shares_directories_with(&self, other: &Self) -> bool {
+        let directories = |spec: &Self| [spec.root.clone(), spec.layers.upper.clone(), spec.layers.work.clone()];
+        let (mine, others) = (directories(self), directories(other));
+        mine.iter().any(|a| others.iter().any(|b| a.is_within(b) || b.is_within(a)))
+    }
+
     /// Whether going from `self` to `new` needs the mount to be taken down and made again.
     ///
     /// The owner and mode of directories that exist are never changed, and `required` and `autostart` are the

@@ -54,6 +54,11 @@ impl MountUnitName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The name as a shell takes it: in quotes where it holds a backslash.
+    pub fn quoted(&self) -> String {
+        if self.0.contains('\\') { format!("'{self}'") } else { self.0.clone() }
+    }
 }
 
 impl fmt::Display for MountUnitName {

@@ -136,6 +136,11 @@ impl Handle {
         registry.by_name.get(name).cloned().ok_or_else(|| Error::NoStoreAtPath(real_store_dir.to_owned()))
     }
 
+    /// Whether a user owns a store.
+    pub fn is_owner(&self, uid: u32) -> bool {
+        self.stores().iter().any(|cell| cell.read(|status| status.owner_uid == uid))
+    }
+
     /// Sends a command and awaits its answer.
     ///
     /// # Errors
@@ -154,6 +159,7 @@ enum Done {
     SwapFinished(Result<(), OperationError>),
     Released(Result<(), OperationError>, Release),
     Refreshed(Result<Report, OperationError>),
+    Retired(OldSuperblock),
     Verified(Result<Vec<Stale>, OperationError>),
 }
 
@@ -450,11 +456,13 @@ impl Engine {
             if entry.spec.needs_restart_for(&spec) {
                 entry.next = Some(Arc::new(spec));
                 entry.try_again();
-            } else if *entry.spec != spec {
-                entry.next = None;
-                entry.spec = Arc::new(spec);
             } else {
-                entry.next = None;
+                if entry.next.take().is_some() {
+                    entry.clear(&[Problem::Busy]);
+                }
+                if *entry.spec != spec {
+                    entry.spec = Arc::new(spec);
+                }
             }
             // Whoever reloads has most likely changed something that was in the way.
             if matches!(entry.phase, Phase::Failed { .. }) {
@@ -539,7 +547,11 @@ impl Engine {
         if entry.op.is_some() {
             return false;
         }
-        let lower = entry.spec.lower_name().map_or(Lower::Ready, |lower| self.lower_state(lower));
+        let lower = if entry.phase != Phase::Active && self.is_occupied(entry) {
+            Lower::Pending
+        } else {
+            entry.spec.lower_name().map_or(Lower::Ready, |lower| self.lower_state(lower))
+        };
         let goes_down = entry.want != Want::Up || entry.next.is_some();
         let carries = goes_down && !self.on_top_of(name).is_empty();
         let Some(entry) = self.entries.get_mut(name) else { return false };
@@ -548,7 +560,7 @@ impl Engine {
             lower,
             respecify: entry.next.is_some(),
             carries,
-            ours: !goes_down || is_transient(&entry.spec.mount_unit),
+            ours: !(goes_down || lower == Lower::Leaving) || is_transient(&entry.spec.mount_unit),
             repair: entry.may_repair(now),
             retry: entry.retry,
             phase: &entry.phase,
@@ -624,9 +636,19 @@ impl Engine {
         }
     }
 
+    /// Whether another store that is on its way down still has one of a store's directories: it was given another name.
+    fn is_occupied(&self, entry: &Entry) -> bool {
+        let is_leaving = |other: &&Entry| other.want == Want::Gone || other.next.is_some();
+        self.entries
+            .values()
+            .filter(is_leaving)
+            .any(|other| other.spec.name != entry.spec.name && other.spec.shares_directories_with(&entry.spec))
+    }
+
     fn lower_state(&self, lower: &StoreName) -> Lower {
         match self.entries.get(lower) {
-            Some(entry) if entry.phase == Phase::Active && entry.next.is_none() => Lower::Ready,
+            Some(entry) if entry.next.is_some() => Lower::Leaving,
+            Some(entry) if entry.phase == Phase::Active => Lower::Ready,
             Some(entry) if entry.want == Want::Up && !matches!(entry.phase, Phase::Failed { .. }) => Lower::Pending,
             Some(entry) if entry.op.is_some() => Lower::Pending,
             _ => Lower::Unavailable,
@@ -652,6 +674,12 @@ impl Engine {
     /// Takes what an operation brought.
     fn done(&mut self, name: &StoreName, done: Done) {
         let now = Instant::now();
+        if let Done::Retired(old) = done {
+            if old == OldSuperblock::StillWritten {
+                tracing::warn!(store = %name, "{name}: a process goes on writing through the mount that was swapped out");
+            }
+            return;
+        }
         let Some(entry) = self.entries.get_mut(name) else { return };
         if let Done::Verified(result) = done {
             let result = result.map_err(|error| Error::RefreshFailed(name.clone(), error.to_string()));
@@ -695,7 +723,7 @@ impl Engine {
                 let failed = Err(Error::RefreshFailed(name.clone(), message));
                 answer(std::mem::take(&mut entry.refreshing), &failed);
             }
-            Done::Up(Ok(_)) | Done::Verified(_) => {}
+            Done::Up(Ok(_)) | Done::Verified(_) | Done::Retired(_) => {}
         }
         self.publish(name);
         // Whoever asked while something else was being done is served now.
@@ -821,17 +849,16 @@ impl Engine {
         let (how, above) = match report.outcome {
             Outcome::Current => return,
             Outcome::Reconfigured => ("reconfigured", Rung::Reconfigure),
-            Outcome::Swapped(_) => ("swapped", Rung::Swap),
+            Outcome::Swapped => ("swapped", Rung::Swap),
         };
         entry.refresh_count += 1;
         entry.last_refresh = how;
         entry.last_refresh_usec = realtime_usec();
         tracing::info!(store = %name, refresh = how, probed = report.probed, "{name}: {how} (paths probed: {})", report.probed);
-        if let Outcome::Swapped(old) = report.outcome {
+        if let Some(old) = report.old {
             entry.swap_count += 1;
-            if old == OldSuperblock::StillWritten {
-                tracing::warn!(store = %name, "{name}: a process goes on writing through the mount that was swapped out");
-            }
+            let (name, spec) = (name.clone(), Arc::clone(&entry.spec));
+            self.operations.spawn(async move { (name, Done::Retired(operation::retire(old, spec).await)) });
         }
         // What lies on top has looked at the old view, and after a swap refers to the old superblock.
         for entry in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
@@ -858,7 +885,13 @@ impl Engine {
     /// Stores that are not required do not delay it.
     fn check_settled(&mut self) {
         let waited_for = |entry: &&Entry| entry.spec.required || !self.reload_applied.is_empty();
-        if !self.settling || !self.entries.values().filter(waited_for).all(Entry::is_settled) {
+        // A store that waits for the one on top of it to become free has been given up on for now as well.
+        let is_blocked = |entry: &Entry| {
+            let above = |other: &&Entry| other.spec.lower_name() == Some(&entry.spec.name);
+            self.entries.values().filter(above).any(|other| other.retry_at.is_some())
+        };
+        let is_settled = |entry: &Entry| entry.is_settled() || is_blocked(entry);
+        if !self.settling || !self.entries.values().filter(waited_for).all(is_settled) {
             return;
         }
         self.settling = false;

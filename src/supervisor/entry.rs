@@ -171,6 +171,7 @@ impl Entry {
     /// Changes what is wanted, which makes every earlier failure worth another try.
     pub(super) fn want(&mut self, want: Want) {
         self.want = want;
+        self.clear(&[Problem::Busy]);
         self.try_again();
         self.retries = 0;
         self.repairs.clear();
@@ -196,6 +197,7 @@ impl Entry {
         self.retries = 0;
         self.try_again();
         self.clear(&WHY_FAILED);
+        self.clear(&[Problem::Busy, Problem::RefreshFailed, Problem::Stale]);
     }
 
     /// Notes that it is down.
@@ -239,7 +241,8 @@ impl Entry {
             Failure::MountLost => (
                 Problem::MountLost,
                 format!(
-                    "its mount was taken away {REPAIRS} times within {} s; find out by whom, then run `layered-stores start {}`",
+                    "its mount was made again {REPAIRS} times within {} s and is gone once more; find out who takes it \
+                     away, then run `layered-stores start {}`",
                     REPAIR_WINDOW.as_secs(),
                     self.spec.name
                 ),

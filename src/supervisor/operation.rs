@@ -12,7 +12,7 @@ use crate::{
         mountinfo::{MountState, MountTable},
         probe::{self, Stale},
         refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
-        swap::{self, SwapError},
+        swap::{self, OldMount, OldSuperblock, SwapError},
         watch::{WatchError, Watches},
     },
     store::StoreSpec,
@@ -180,6 +180,21 @@ pub(super) async fn refresh(
         Ok(report)
     })
     .await
+}
+
+/// Brings the second half of a swap to its end, after [`OldMount::GRACE`].
+///
+/// Calls that were under way in the old superblock may have changed what the new one has looked at in the meantime, so the
+/// new one is reconfigured once more.
+pub(super) async fn retire(old: OldMount, spec: Arc<StoreSpec>) -> OldSuperblock {
+    tokio::time::sleep(OldMount::GRACE).await;
+    let retired = blocking(move || {
+        let retired = old.retire();
+        // The store may have been stopped by now.
+        let _ = refresh::reconfigure(spec.layers.merged.as_str());
+        Ok(retired)
+    });
+    retired.await.unwrap_or(OldSuperblock::Retired)
 }
 
 /// Looks at every path of a mounted store and changes nothing.

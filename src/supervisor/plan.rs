@@ -37,6 +37,8 @@ pub(super) enum Lower {
     Ready,
     /// It may become active.
     Pending,
+    /// It is to go down and come back.
+    Leaving,
     /// It failed or is not wanted.
     Unavailable,
 }
@@ -131,13 +133,21 @@ pub(super) fn plan(view: &View<'_>) -> Action {
 
         (false, MountState::Absent) => match view.phase {
             Phase::Failed { seen: MountState::Absent } if !view.retry => Action::Rest,
-            _ if view.lower == Lower::Pending => Action::Rest,
+            _ if matches!(view.lower, Lower::Pending | Lower::Leaving) => Action::Rest,
             _ if view.lower == Lower::Unavailable => given_up(Failure::Lower),
             Phase::Active if view.repair => Action::Start { repair: true },
             Phase::Active => Action::Fail(Failure::MountLost),
             _ => Action::Start { repair: false },
         },
         (false, MountState::Mounted { twice: true, .. }) => Action::FinishSwap,
+        // It has to make way for the store underneath, and comes back after it.
+        (false, MountState::Mounted { .. }) if view.lower == Lower::Leaving => {
+            if view.ours && view.retry {
+                Action::Stop
+            } else {
+                Action::Rest
+            }
+        }
         (false, mount @ MountState::Mounted { .. }) => match view.phase {
             Phase::Active => Action::Rest,
             Phase::Failed { seen } if seen == mount && !view.retry => Action::Rest,
@@ -180,7 +190,12 @@ mod tests {
             want in prop_oneof![Just(Want::Up), Just(Want::Down), Just(Want::Gone)],
             mut phase in phases(),
             mut mount in mount_states(),
-            lower in prop_oneof![Just(Lower::Ready), Just(Lower::Pending), Just(Lower::Unavailable)],
+            lower in prop_oneof![
+                Just(Lower::Ready),
+                Just(Lower::Pending),
+                Just(Lower::Leaving),
+                Just(Lower::Unavailable)
+            ],
             mut respecify in any::<bool>(),
             (carries, mut ours, repair, retry) in any::<(bool, bool, bool, bool)>(),
         ) {
@@ -266,6 +281,11 @@ mod tests {
                 "a covered store is not usable",
                 View { mount: &covered, phase: &Phase::Active, ..base.clone() },
                 Action::Fail(Failure::Covered("tmpfs".into())),
+            ),
+            (
+                "a store makes way for the one underneath that changes",
+                View { mount: &mounted, phase: &Phase::Active, lower: Lower::Leaving, ..base.clone() },
+                Action::Stop,
             ),
             ("uncovered, it is usable again", View { mount: &mounted, phase: &failed, ..base.clone() }, Action::Adopt),
             (

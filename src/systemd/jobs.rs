@@ -92,12 +92,13 @@ pub enum UnitError {
     },
     /// A unit of this name exists that was not made by us.
     #[error(
-        "a unit {0} that is not ours exists already (see `systemctl cat {0}`); \
-         remove it from /etc/fstab or /etc/systemd/system, or name another root"
+        "a unit {0} that is not ours exists already (see `systemctl cat {quoted}`); \
+         remove it from /etc/fstab or /etc/systemd/system, or name another root",
+        quoted = .0.quoted()
     )]
     Exists(MountUnitName),
     /// The job ended otherwise than well.
-    #[error("the job to {doing} {unit} did not succeed: {result}; see `journalctl -u {unit}`")]
+    #[error("the job to {doing} {unit} did not succeed: {result}; see `journalctl -u {}`", .unit.quoted())]
     Job {
         /// What was asked for.
         doing: &'static str,
