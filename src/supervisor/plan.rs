@@ -142,11 +142,7 @@ pub(super) fn plan(view: &View<'_>) -> Action {
         (false, MountState::Mounted { twice: true, .. }) => Action::FinishSwap,
         // It has to make way for the store underneath, and comes back after it.
         (false, MountState::Mounted { .. }) if view.lower == Lower::Leaving => {
-            if view.ours && view.retry {
-                Action::Stop
-            } else {
-                Action::Rest
-            }
+            if view.ours && view.retry && !view.carries { Action::Stop } else { Action::Rest }
         }
         (false, mount @ MountState::Mounted { .. }) => match view.phase {
             Phase::Active => Action::Rest,
