@@ -276,6 +276,8 @@ impl Fields<'_, '_, '_> {
         if self.table.get(key).is_some() {
             return self.parsed(key);
         }
+        // What is no name makes no default, and was reported.
+        self.store.parse::<StoreName>().ok()?;
         let tail = key.split('-').next().unwrap_or(key);
         let tail = format!("stores/{}/{tail}", self.store);
         let path = self.reader.defaults.state_dir.join(&tail);

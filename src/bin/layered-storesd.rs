@@ -172,7 +172,11 @@ async fn reload_for_systemd(handle: &Handle) {
     // Good or bad, the reload is over; a bad configuration was logged, and the old one is in force.
     match handle.ask(Command::Reload).await {
         Ok(()) => notify(&[NotifyState::Ready]),
-        Err(error) => notify(&[NotifyState::Ready, NotifyState::Status(&error.to_string())]),
+        Err(error) => {
+            // systemd shows one line.
+            let status = error.to_string().replacen(":\n", ": ", 1).replace('\n', "; ");
+            notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+        }
     }
 }
 

@@ -335,7 +335,8 @@ impl Engine {
             Command::Stop(name, reply) => self.command_stop(&name, reply),
             Command::Remount(name, reply) => {
                 let Some(entry) = self.entries.get_mut(&name) else { return no_such_store(&name, reply) };
-                if entry.phase == Phase::Active {
+                // Nix cannot try again: whoever asks while the store comes up waits until it has.
+                if entry.phase == Phase::Active || entry.is_coming_up() {
                     entry.remounting.push(reply);
                     self.refresh(&name);
                 } else {
@@ -537,6 +538,7 @@ impl Engine {
         }
         for (name, up, adopted) in confirmed {
             self.is_up(&name, up, adopted);
+            self.refresh_if_asked(&name);
         }
     }
 
@@ -661,12 +663,18 @@ impl Engine {
         match &entry.phase {
             Phase::Active => answer(std::mem::take(&mut entry.starting), &Ok(())),
             Phase::Failed { .. } => {
+                let not_active = Err(entry.not_active());
+                answer(std::mem::take(&mut entry.remounting), &not_active);
                 let failed = Err(Error::StartFailed(name.clone(), entry.reason.clone()));
                 answer(std::mem::take(&mut entry.starting), &failed);
                 let busy = Err(Error::Busy(name.clone(), entry.reason.clone()));
                 answer(std::mem::take(&mut entry.stopping), &busy);
             }
-            Phase::Inactive if entry.want != Want::Up => answer(std::mem::take(&mut entry.stopping), &Ok(())),
+            Phase::Inactive if entry.want != Want::Up => {
+                let not_active = Err(entry.not_active());
+                answer(std::mem::take(&mut entry.remounting), &not_active);
+                answer(std::mem::take(&mut entry.stopping), &Ok(()));
+            }
             Phase::Inactive => {}
         }
     }
@@ -726,10 +734,7 @@ impl Engine {
             Done::Up(Ok(_)) | Done::Verified(_) | Done::Retired(_) => {}
         }
         self.publish(name);
-        // Whoever asked while something else was being done is served now.
-        if self.entries.get(name).is_some_and(|entry| !entry.remounting.is_empty()) {
-            self.refresh(name);
-        }
+        self.refresh_if_asked(name);
         // A refresh does not change what the mount table says of a store.
         if !refreshed {
             self.look_soon();
@@ -804,17 +809,19 @@ impl Engine {
         }
     }
 
-    /// Begins the refresh that is owed or asked for.
+    /// Serves those who have asked while something else was being done.
+    fn refresh_if_asked(&mut self, name: &StoreName) {
+        if self.entries.get(name).is_some_and(|entry| !entry.remounting.is_empty()) {
+            self.refresh(name);
+        }
+    }
+
+    /// Begins the refresh that is owed or asked for, if nothing else is being done about the store.
     fn refresh(&mut self, name: &StoreName) {
         // What was changed before the command came is in the queue by now, and counts.
         self.drain_watches();
         let Some(entry) = self.entries.get_mut(name) else { return };
-        if entry.op.is_some() {
-            return;
-        }
-        if entry.phase != Phase::Active {
-            let error = entry.not_active();
-            answer(std::mem::take(&mut entry.remounting), &Err(error));
+        if entry.op.is_some() || entry.phase != Phase::Active {
             return;
         }
         let (changes, owed) = entry.owed.take();

@@ -292,6 +292,11 @@ impl Entry {
         }
     }
 
+    /// Whether it is on its way up, or about to be.
+    pub(super) fn is_coming_up(&self) -> bool {
+        self.want == Want::Up && !matches!(self.phase, Phase::Failed { .. })
+    }
+
     /// The answer to those who want something of a store that is not up.
     pub(super) fn not_active(&self) -> Error {
         let name = self.spec.name.clone();
