@@ -131,7 +131,7 @@ lint: setup-test ## formatting, clippy, dependencies, layers, spelling, shell, P
 	$(heading) 'lint: clippy'
 	$(CARGO) clippy --all-targets --locked -- -D warnings
 	$(heading) 'lint: documentation'
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --document-private-items --locked
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' $(CARGO) doc --no-deps --document-private-items --locked
 	$(heading) 'lint: dependencies (make audit asks for advisories, over the network)'
 	$(CARGO) deny --locked check bans licenses sources
 	$(heading) 'lint: layers'

@@ -663,12 +663,18 @@ impl Engine {
         match &entry.phase {
             Phase::Active => answer(std::mem::take(&mut entry.starting), &Ok(())),
             Phase::Failed { .. } => {
+                let reason = entry.reason.clone();
                 let not_active = Err(entry.not_active());
                 answer(std::mem::take(&mut entry.remounting), &not_active);
-                let failed = Err(Error::StartFailed(name.clone(), entry.reason.clone()));
+                let failed = Err(Error::StartFailed(name.clone(), reason.clone()));
                 answer(std::mem::take(&mut entry.starting), &failed);
-                let busy = Err(Error::Busy(name.clone(), entry.reason.clone()));
-                answer(std::mem::take(&mut entry.stopping), &busy);
+                let asked = std::mem::take(&mut entry.stopping);
+                if !asked.is_empty() && entry.want == Want::Down {
+                    // A stop that is refused has no effect, now or later.
+                    entry.want(Want::Up);
+                    self.look_at.get_or_insert(Instant::now());
+                }
+                answer(asked, &Err(Error::Busy(name.clone(), reason)));
             }
             Phase::Inactive if entry.want != Want::Up => {
                 let not_active = Err(entry.not_active());
