@@ -114,6 +114,8 @@ fn classify(error: zbus::Error) -> Unasked {
             zbus::fdo::Error::ServiceUnknown(message)
             | zbus::fdo::Error::NameHasNoOwner(message)
             | zbus::fdo::Error::Disconnected(message)
+            // The bus has waited in vain for systemd to start the daemon.
+            | zbus::fdo::Error::TimedOut(message)
             | zbus::fdo::Error::SpawnExecFailed(message)
             | zbus::fdo::Error::SpawnFailed(message) => Unasked::Unreachable(message.clone()),
             zbus::fdo::Error::AccessDenied(message) | zbus::fdo::Error::InteractiveAuthorizationRequired(message) => {

@@ -85,7 +85,9 @@ fn problems<S: serde::Serializer>(problems: &[(String, String)], serializer: S) 
 pub(super) enum ClientError {
     #[error("cannot reach the system bus: {0}")]
     NoBus(zbus::Error),
-    #[error("layered-storesd is not running: {0}; start it with `systemctl start layered-storesd`")]
+    #[error(
+        "layered-storesd is not running ({0}); see `systemctl status layered-storesd`, start it with `systemctl start layered-storesd`"
+    )]
     NoDaemon(String),
     #[error("{0}")]
     Daemon(String),
@@ -113,7 +115,10 @@ impl From<zbus::Error> for ClientError {
 impl From<fdo::Error> for ClientError {
     fn from(error: fdo::Error) -> Self {
         match error {
-            fdo::Error::ServiceUnknown(message) | fdo::Error::NameHasNoOwner(message) => Self::NoDaemon(message),
+            fdo::Error::ServiceUnknown(message)
+            | fdo::Error::NameHasNoOwner(message)
+            // The bus has waited in vain for systemd to start the daemon.
+            | fdo::Error::TimedOut(message) => Self::NoDaemon(message),
             fdo::Error::AccessDenied(message) | fdo::Error::InteractiveAuthorizationRequired(message) => {
                 Self::Daemon(message)
             }
