@@ -8,12 +8,14 @@
 mod engine;
 mod entry;
 mod error;
+mod handle;
 mod mounts;
 mod operation;
 mod plan;
 mod record;
 mod status;
 
-pub use engine::{Command, Engine, Event, Handle, Settings};
+pub use engine::{Engine, Settings};
 pub use error::Error;
+pub use handle::{Command, Event, Handle};
 pub use status::{Problem, State, Status, StatusCell};

@@ -1,0 +1,183 @@
+//! What the engine is asked to do.
+
+use std::sync::{Arc, PoisonError};
+
+use super::{Engine, Settings, outcome::Done};
+use crate::{
+    config::{self, Config},
+    overlay::mountinfo::MountState,
+    store::{StoreName, StoreSpec},
+    supervisor::{
+        Error,
+        entry::{Entry, Reply, answer},
+        handle::{Command, Event},
+        operation,
+        plan::{Phase, Want},
+        status::Problem,
+    },
+};
+
+impl Engine {
+    pub(super) fn command(&mut self, command: Command) {
+        match command {
+            Command::Start(name, reply) => self.command_start(&name, reply),
+            Command::Stop(name, reply) => self.command_stop(&name, reply),
+            Command::Remount(name, reply) => {
+                let Some(entry) = self.entries.get_mut(&name) else { return no_such_store(&name, reply) };
+                // Nix cannot try again: whoever asks while the store comes up waits until it has.
+                if entry.phase == Phase::Active || entry.is_coming_up() {
+                    entry.remounting.push(reply);
+                    self.refresh(&name);
+                } else {
+                    let _ = reply.send(Err(entry.not_active()));
+                }
+            }
+            Command::Verify(name, reply) => {
+                let Some(entry) = self.entries.get_mut(&name) else { return no_such_store(&name, reply) };
+                if entry.phase == Phase::Active {
+                    entry.verifying.push(reply);
+                    let spec = Arc::clone(&entry.spec);
+                    self.operations.spawn(async move { (name, Done::Verified(operation::verify(spec).await)) });
+                } else {
+                    let _ = reply.send(Err(entry.not_active()));
+                }
+            }
+            Command::Reload(reply) => {
+                self.reload_waiting.push(reply);
+                if self.loading.is_empty() {
+                    let Settings { config, defaults, .. } = self.settings.clone();
+                    self.loading.spawn_blocking(move || config::load(&config, &defaults));
+                }
+            }
+        }
+    }
+
+    pub(super) fn command_start(&mut self, name: &StoreName, reply: Reply) {
+        if !self.entries.contains_key(name) {
+            return no_such_store(name, reply);
+        }
+        // As systemd does it: what a store requires is started with it.
+        let mut next = Some(name.clone());
+        while let Some(entry) = next.and_then(|name| self.entries.get_mut(&name)) {
+            if entry.want == Want::Gone {
+                break;
+            }
+            if entry.phase != Phase::Active {
+                entry.want(Want::Up);
+                if entry.op.is_none() {
+                    entry.phase = Phase::Inactive;
+                }
+            }
+            entry.want = Want::Up;
+            next = entry.spec.lower_name().cloned();
+        }
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.starting.push(reply);
+        }
+        self.reconcile();
+    }
+
+    pub(super) fn command_stop(&mut self, name: &StoreName, reply: Reply) {
+        let carried = self.on_top_of(name);
+        let Some(entry) = self.entries.get_mut(name) else { return no_such_store(name, reply) };
+        if carried.is_empty() {
+            entry.want(if entry.declared { Want::Down } else { Want::Gone });
+            entry.stopping.push(reply);
+            self.reconcile();
+        } else {
+            let carried = carried.iter().map(ToString::to_string).collect();
+            let _ = reply.send(Err(Error::LowerOf(name.clone(), carried)));
+        }
+    }
+
+    /// The stores that lie on a store and are mounted or on their way up.
+    pub(super) fn on_top_of(&self, name: &StoreName) -> Vec<StoreName> {
+        self.entries
+            .values()
+            .filter(|entry| entry.spec.lower_name() == Some(name))
+            .filter(|entry| entry.mount != MountState::Absent || entry.op.is_some() || entry.phase == Phase::Active)
+            .map(|entry| entry.spec.name.clone())
+            .collect()
+    }
+
+    pub(super) fn loaded(&mut self, loaded: Result<Result<Config, config::ConfigError>, tokio::task::JoinError>) {
+        match loaded {
+            Ok(Ok(config)) => {
+                tracing::info!(
+                    stores = config.stores.len(),
+                    "configuration reloaded: {} stores declared",
+                    config.stores.len()
+                );
+                self.apply(config);
+                self.reload_applied.append(&mut self.reload_waiting);
+                self.settling = true;
+                self.reconcile();
+            }
+            Ok(Err(error)) => self.reload_failed(&error.to_string()),
+            Err(error) => self.reload_failed(&error.to_string()),
+        }
+    }
+
+    pub(super) fn reload_failed(&mut self, why: &str) {
+        tracing::error!("the configuration was not changed:\n{why}");
+        let error = Error::InvalidConfiguration(why.to_owned());
+        answer(std::mem::take(&mut self.reload_waiting), &Err(error));
+    }
+
+    /// Turns a configuration into what is wanted of each store.
+    pub(super) fn apply(&mut self, config: Config) {
+        for entry in self.entries.values_mut() {
+            if !config.stores.iter().any(|spec| spec.name == entry.spec.name) && entry.declared {
+                tracing::info!(store = %entry.spec.name, "{}: no longer declared", entry.spec.name);
+                entry.declared = false;
+                entry.next = None;
+                entry.want(Want::Gone);
+            }
+        }
+        for spec in config.stores {
+            let Some(entry) = self.entries.get_mut(&spec.name) else {
+                self.add(spec, true);
+                continue;
+            };
+            if !entry.declared {
+                entry.declared = true;
+                entry.want(if spec.autostart { Want::Up } else { Want::Down });
+            }
+            if entry.spec.needs_restart_for(&spec) {
+                entry.next = Some(Arc::new(spec));
+                entry.try_again();
+            } else {
+                if entry.next.take().is_some() {
+                    entry.clear(&[Problem::Busy]);
+                }
+                if *entry.spec != spec {
+                    entry.spec = Arc::new(spec);
+                }
+            }
+            // Whoever reloads has most likely changed something that was in the way.
+            if matches!(entry.phase, Phase::Failed { .. }) {
+                entry.want(entry.want);
+            }
+        }
+    }
+
+    pub(super) fn add(&mut self, spec: StoreSpec, declared: bool) {
+        let entry = Entry::new(spec, declared);
+        let name = entry.spec.name.clone();
+        let _ = self.events.send(Event::Added(entry.cell.clone()));
+        self.register(&entry);
+        self.entries.insert(name, entry);
+    }
+
+    pub(super) fn register(&self, entry: &Entry) {
+        let mut registry = self.registry.write().unwrap_or_else(PoisonError::into_inner);
+        let name = &entry.spec.name;
+        registry.by_path.retain(|_, of| of != name);
+        registry.by_path.insert(entry.spec.layers.merged.to_string(), name.clone());
+        registry.by_name.insert(name.clone(), entry.cell.clone());
+    }
+}
+
+fn no_such_store<T>(name: &StoreName, reply: Reply<T>) {
+    let _ = reply.send(Err(Error::NoSuchStore(name.to_string())));
+}
