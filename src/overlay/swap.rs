@@ -62,6 +62,8 @@ pub fn swap(layers: &Layers) -> Result<OldMount, SwapError> {
         .map_err(|errno| SwapError::Attach(merged.clone(), errno))?;
     drop(fresh);
     detach_top(merged)?;
+    // Whoever listed the fresh overlay while a call was on its way through the old one has looked names up that are no more.
+    let _ = FsContext::pick(CWD, merged.as_str()).and_then(|context| context.reconfigure());
     Ok(OldMount(old))
 }
 

@@ -1,0 +1,329 @@
+# Somebody changes what the daemon has made: stops the mount unit, unmounts, mounts over it, remounts
+# it, replaces the lower store. The daemon notices by itself, says so, and repairs what is its own to
+# repair. It never unmounts what it did not mount.
+import json
+import time
+from typing import Any
+
+LOWER = "/srv/base"
+UPPER = "/srv/ci/upper"
+MERGED = "/srv/ci/root/nix/store"
+UNIT = "srv-ci-root-nix-store.mount"
+OBJECT = "/org/layeredstores1/store/ci"
+PATH = f"{'0' * 32}-path"
+OPTIONS = (
+    f"lowerdir={LOWER}/nix/store,upperdir={UPPER},workdir=/srv/ci/work,"
+    "index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off"
+)
+
+
+def status() -> dict[str, Any]:
+    """What `layered-stores status ci` says."""
+    code, output = machine.execute("layered-stores status ci --json")
+    properties: dict[str, Any] = json.loads(output)
+    # Whoever only looks at the exit code learns whether something is wrong.
+    wrong = properties["state"] == "failed" or properties["problems"] != []
+    assert code == (3 if wrong else 0), (code, output)
+    return properties
+
+
+def problems() -> dict[str, str]:
+    return {problem["code"]: problem["message"] for problem in status()["problems"]}
+
+
+def wait_for_state(state: str, timeout: int = 5) -> None:
+    get = f"busctl get-property org.layeredstores1 {OBJECT} org.layeredstores1.Store State"
+    machine.wait_until_succeeds(f"{get} | grep -Fx 's \"{state}\"'", timeout=timeout)
+
+
+def wait_for_problem(code: str, timeout: int = 5) -> None:
+    get = f"busctl get-property org.layeredstores1 {OBJECT} org.layeredstores1.Store Problems"
+    machine.wait_until_succeeds(f"{get} | grep -F '\"{code}\"'", timeout=timeout)
+
+
+def mounts() -> list[str]:
+    """The types of what is mounted in the store's place, from the oldest to the newest."""
+    table = machine.succeed("cat /proc/self/mounts").splitlines()
+    return [line.split()[2] for line in table if line.split()[1] == MERGED]
+
+
+def mount_id() -> str:
+    return machine.succeed(f"awk '$5 == \"{MERGED}\" {{ print $1 }}' /proc/self/mountinfo")
+
+
+def announced() -> list[str]:
+    """The states that the daemon has announced on the bus since this was asked last."""
+    global heard
+    signals = [json.loads(line) for line in machine.succeed("cat /run/signals").splitlines()]
+    changes = [
+        signal["payload"]["data"][1]
+        for signal in signals
+        if signal["member"] == "PropertiesChanged" and signal["path"] == OBJECT
+    ]
+    states = [change["State"]["data"] for change in changes if "State" in change]
+    new, heard = states[heard:], len(states)
+    return new
+
+
+def is_usable() -> None:
+    assert status()["state"] == "active", status()
+    assert status()["problems"] == [], status()
+    assert mounts() == ["overlay"], mounts()
+    machine.succeed(f"grep -q first {MERGED}/{PATH}/file")
+    # systemd agrees. It looks at the mount table only so often.
+    machine.wait_until_succeeds(f"systemctl is-active --quiet {UNIT}", timeout=5)
+
+
+heard = 0
+machine.start(allow_reboot=True)
+machine.wait_for_unit("layered-storesd.service")
+machine.succeed(
+    f"install -D /dev/stdin {LOWER}/nix/store/{PATH}/file <<<first",
+    "layered-stores start ci",
+    "systemd-run --quiet --unit=monitor --property=StandardOutput=truncate:/run/signals "
+    "busctl monitor --json=short --match \"type='signal',sender='org.layeredstores1'\"",
+)
+is_usable()
+
+with subtest("The bus tells what happens"):
+    # The monitor may not listen yet.
+    machine.wait_until_succeeds("layered-stores remount ci; test -s /run/signals", timeout=20)
+    assert announced() == []
+    machine.succeed("layered-stores stop ci", "layered-stores start ci")
+    machine.wait_until_succeeds("grep -q '\"active\"' /run/signals", timeout=5)
+    states = announced()
+    assert states == ["deactivating", "inactive", "activating", "active"], states
+
+# Taken away
+
+with subtest("Unmounted by hand, it is mounted again"):
+    before = mount_id()
+    machine.succeed(f"umount {MERGED}")
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+    wait_for_state("active")
+    is_usable()
+    states = announced()
+    assert states == ["activating", "active"], states
+    machine.succeed(
+        "journalctl --unit=layered-storesd | grep 'ci: its mount is gone and is made again'"
+    )
+    # Asking for it first starts counting from zero.
+    machine.succeed("layered-stores start ci")
+
+with subtest("Its unit stopped, it is started again"):
+    machine.succeed(f"systemctl stop {UNIT}")
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+    wait_for_state("active")
+    is_usable()
+    states = announced()
+    assert states == ["activating", "active"], states
+
+with subtest("Whoever takes it away again and again gets the better of the daemon"):
+    machine.succeed("layered-stores stop ci", "layered-stores start ci")
+    for _ in range(3):
+        is_usable()
+        machine.succeed(f"umount {MERGED}")
+        machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+        wait_for_state("active")
+    machine.succeed(f"umount {MERGED}")
+    wait_for_state("failed")
+    assert list(problems()) == ["mount-lost"], problems()
+    assert "3 times within 60 s" in problems()["mount-lost"], problems()
+    assert "`layered-stores start ci`" in problems()["mount-lost"], problems()
+    assert status()["state-reason"] == problems()["mount-lost"]
+    # It stays so, and whoever does not notice that nothing is mounted writes nowhere.
+    machine.fail(f"touch {MERGED}/stray")
+    output = machine.fail("layered-stores remount ci 2>&1")
+    assert "3 times within 60 s" in output, output
+    assert mounts() == []
+
+with subtest("The way out works"):
+    machine.succeed("layered-stores start ci")
+    is_usable()
+
+# Covered and replaced
+
+with subtest("With something mounted on top it is not usable, and that is left alone"):
+    before = mount_id()
+    announced()
+    machine.succeed(f"mount -t tmpfs covering {MERGED}")
+    wait_for_state("failed")
+    assert list(problems()) == ["covered"], problems()
+    assert "tmpfs from covering" in problems()["covered"], problems()
+    assert f"`umount {MERGED}`" in problems()["covered"], problems()
+    for command in ["start", "stop", "remount"]:
+        output = machine.fail(f"layered-stores {command} ci 2>&1")
+        assert "tmpfs from covering is mounted on top" in output, output
+        assert "in use" not in output, output
+    assert mounts() == ["overlay", "tmpfs"], mounts()
+
+with subtest("Once that is gone, it is active again, and was never unmounted"):
+    machine.succeed(f"umount {MERGED}")
+    wait_for_state("active")
+    is_usable()
+    assert mount_id() == before
+    states = announced()
+    assert states == ["failed", "activating", "active"], states
+
+with subtest("The daemon restarted under a cover comes to the same conclusion"):
+    machine.succeed(f"mount -t tmpfs covering {MERGED}", "systemctl restart layered-storesd")
+    wait_for_state("failed")
+    assert list(problems()) == ["covered"], problems()
+    machine.succeed(f"umount {MERGED}")
+    wait_for_state("active")
+    is_usable()
+    assert mount_id() == before
+
+with subtest("What is mounted in the place of a stopped store is not its own"):
+    for mount, description in [
+        (f"mount -t tmpfs foreign {MERGED}", "tmpfs from foreign"),
+        (
+            "mkdir -p /srv/foreign/upper /srv/foreign/work && mount -t overlay overlay "
+            f"-o lowerdir=/srv,upperdir=/srv/foreign/upper,workdir=/srv/foreign/work {MERGED}",
+            "an overlay of /srv/foreign/upper over /srv",
+        ),
+    ]:
+        machine.succeed("layered-stores stop ci", mount)
+        found = mount_id()
+        # Nobody wants the store, so nothing is wrong.
+        assert status()["state"] == "inactive", status()
+        output = machine.fail("layered-stores start ci 2>&1")
+        assert f"{description} is mounted at {MERGED}, which is not this store" in output, output
+        assert status()["state"] == "failed", status()
+        assert list(problems()) == ["foreign"], problems()
+        machine.succeed("systemctl restart layered-storesd")
+        assert list(problems()) == ["foreign"], problems()
+        assert mount_id() == found
+        # It was asked for, so it comes up as soon as it can.
+        machine.succeed(f"umount {MERGED}")
+        wait_for_state("active")
+        is_usable()
+
+with subtest("What is mounted by hand as it should be is taken over, and left mounted"):
+    machine.succeed("layered-stores stop ci", f"mount -t overlay overlay -o {OPTIONS} {MERGED}")
+    found = mount_id()
+    machine.succeed("layered-stores start ci")
+    is_usable()
+    assert mount_id() == found
+    output = machine.fail("layered-stores stop ci 2>&1")
+    assert "was not mounted by the daemon" in output, output
+    assert "in use" not in output, output
+    assert list(problems()) == ["not-ours"], problems()
+    assert mount_id() == found
+    # Whoever has mounted it unmounts it, and then it is down as it was asked to be.
+    machine.succeed(f"umount {MERGED}")
+    wait_for_state("inactive")
+    assert problems() == {}
+    machine.succeed("layered-stores start ci")
+    is_usable()
+
+# Changed
+
+with subtest("Turned read-only, it says so"):
+    # The kernel does that by itself when the upper layer's filesystem has errors. mount(8) needs
+    # to be told to use the old system call, the new one refuses.
+    machine.succeed(f"LIBMOUNT_FORCE_MOUNT2=always mount -o remount,ro {MERGED}")
+    machine.fail(f"touch {MERGED}/.x")
+    wait_for_problem("read-only")
+    assert status()["state"] == "active"
+    machine.succeed(f"LIBMOUNT_FORCE_MOUNT2=always mount -o remount,rw {MERGED}")
+    machine.wait_until_succeeds("layered-stores status ci", timeout=5)
+    is_usable()
+
+with subtest("Mounted by hand with options that make changes of layers dangerous, it says so"):
+    machine.succeed("layered-stores stop ci")
+    options = OPTIONS.replace("metacopy=off", "metacopy=on").replace(
+        "redirect_dir=off", "redirect_dir=on"
+    )
+    machine.succeed(f"mount -t overlay overlay -o {options} {MERGED}", "layered-stores start ci")
+    assert status()["state"] == "active"
+    assert list(problems()) == ["mount-options"], problems()
+    machine.succeed(f"umount {MERGED}")
+    machine.wait_until_succeeds("layered-stores status ci", timeout=5)
+    is_usable()
+
+with subtest("The lower store grows and shrinks under it"):
+    added = f"{'1' * 32}-added"
+    # The kernel remembers that this was not there.
+    machine.fail(f"stat {MERGED}/{added}")
+    machine.succeed(f"install -D /dev/stdin {LOWER}/nix/store/{added}/file <<<added")
+    machine.wait_until_succeeds(f"grep added {MERGED}/{added}/file", timeout=10)
+    machine.succeed(f"rm -r {LOWER}/nix/store/{added}")
+    machine.wait_until_fails(f"stat {MERGED}/{added}", timeout=10)
+    is_usable()
+
+
+def replace(directory: str) -> None:
+    """Another directory in its place, as `rsync` and a rename would leave it, with other content."""
+    machine.succeed(
+        f"cp -a {directory} {directory}.new",
+        f"echo second >{LOWER}.new/nix/store/{PATH}/file"
+        if directory == LOWER
+        else f"echo second >{directory}.new/{PATH}/file",
+        f"mv {directory} {directory}.old && mv {directory}.new {directory}",
+    )
+
+
+def replace_back(directory: str) -> None:
+    machine.succeed(f"mv {directory} {directory}.new && mv {directory}.old {directory}")
+    machine.succeed(f"rm -r {directory}.new")
+
+
+with subtest("The lower store directory is replaced by another one"):
+    replace(f"{LOWER}/nix/store")
+    machine.wait_until_succeeds(f"grep second {MERGED}/{PATH}/file", timeout=10)
+    assert status()["state"] == "active"
+    assert mounts() == ["overlay"], mounts()
+    replace_back(f"{LOWER}/nix/store")
+    machine.wait_until_succeeds(f"grep first {MERGED}/{PATH}/file", timeout=10)
+    is_usable()
+
+with subtest("A directory above it is replaced: a remount makes the store see that"):
+    replace(LOWER)
+    machine.succeed("layered-stores remount ci", f"grep second {MERGED}/{PATH}/file")
+    replace_back(LOWER)
+    machine.succeed("layered-stores remount ci", f"grep first {MERGED}/{PATH}/file")
+    is_usable()
+
+with subtest("The lower store is gone for a while"):
+    machine.succeed("layered-stores stop ci", f"mv {LOWER} {LOWER}.away")
+    output = machine.fail("layered-stores start ci 2>&1")
+    assert f"lower-store: {LOWER}/nix/store is not there" in output, output
+    assert list(problems()) == ["start-failed"], problems()
+    # It is tried again by itself.
+    machine.succeed(f"mv {LOWER}.away {LOWER}")
+    wait_for_state("active", timeout=30)
+    is_usable()
+
+# Shutdown
+
+with subtest("When the machine goes down, so do the mounts, and nobody brings them back"):
+    machine.succeed(
+        "mkdir -p /run/systemd/journald.conf.d /var/log/journal",
+        "printf '[Journal]\\nStorage=persistent\\n' >/run/systemd/journald.conf.d/zz.conf",
+        "systemctl restart systemd-journald && journalctl --flush",
+        # Somebody uses the store until the end.
+        f"systemd-run --quiet --unit=user sh -c 'exec sleep 1000 <{MERGED}/{PATH}/file'",
+    )
+    machine.succeed("logger 'now it goes down'; journalctl --sync")
+    began = time.monotonic()
+    machine.shutdown()
+    took = time.monotonic() - began
+    machine.start(allow_reboot=True)
+    machine.wait_for_unit("layered-storesd.service")
+    is_usable()
+    last_words = machine.succeed("journalctl --boot=-1 --output=cat").partition("now it goes down")[
+        2
+    ]
+    assert f"Unmounted {UNIT}" in last_words, last_words
+    for sign in [
+        "made again",
+        f"Mounting {UNIT}",
+        f"Mounted {UNIT}",
+        "problem",
+        "failed",
+        "Failed",
+    ]:
+        assert sign not in last_words, last_words
+    # A unit that does not want to stop would cost 20 seconds here, and 90 elsewhere.
+    assert took < 15, took

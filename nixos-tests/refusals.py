@@ -1,0 +1,476 @@
+# What does not work is refused, in one clear sentence that names the store, the key, the value and
+# the way out: in the text of a configuration before anything is done, and on the machine without
+# harm to what is there or to other stores.
+
+import json
+import re
+from dataclasses import dataclass, field
+
+CONFIGURATION = "/etc/layered-stores/config.toml"
+LONG = "/" + "a" * 254
+
+
+# What can be seen without the machine.
+
+
+def check(text: str) -> list[tuple[int, int, str]]:
+    """The mistakes in a configuration's text: line, column, sentence."""
+    machine.succeed(f"cat > /tmp/config.toml << 'END'\n{text}\nEND")
+    code, said = machine.execute("layered-stores check-config /tmp/config.toml 2>&1")
+    t.assertEqual(code, 1, text)
+    said = said.removeprefix("layered-stores: ")
+    mistakes = []
+    for line in said.splitlines():
+        found = re.fullmatch(r"/tmp/config\.toml:(\d+):(\d+): (.*)", line)
+        assert found is not None, f"a mistake without its place: {line}"
+        mistakes.append((int(found[1]), int(found[2]), found[3]))
+    return mistakes
+
+
+def sentences(text: str) -> list[str]:
+    return [said for _, _, said in check(text)]
+
+
+def refused(line: str, sentence: str, before: str = 'lower-store = "/l"') -> None:
+    """A line in a store's table, and what is said about it, at the place of its value."""
+    text = f"[stores.ci]\n{before}\n{line}" if before else f"[stores.ci]\n{line}"
+    [(number, column, said)] = check(text)
+    key, _, value = line.partition(" = ")
+    t.assertEqual(said, f'store "ci": {key} = {value}: {sentence}', line)
+    t.assertEqual((number, column), (text.count("\n") + 1, len(key) + 4), line)
+
+
+with subtest("Paths that the kernel, systemd and Nix would read differently are refused"):
+    characters = "only letters, digits, '/', '.', '_' and '-' are safe in mount options"
+    for path, sentence in {
+        "upper": "the path is relative; give an absolute path",
+        "./upper": "the path is relative; give an absolute path",
+        "": "the path is empty; give an absolute path",
+        "/a/../b": 'the path holds ".." as a component; write the path without it',
+        "/a/./b": 'the path holds "." as a component; write the path without it',
+        "/a//b": 'the path holds "" as a component; write the path without it',
+        "/a/": "the path ends in '/'; leave the last '/' away",
+        "/a b": f"the path holds ' '; {characters}",
+        "/a,b": f"the path holds ','; {characters}",
+        "/a:b": f"the path holds ':'; {characters}",
+        "/a%b": f"the path holds '%'; {characters}",
+        "/ä": f"the path holds 'ä'; {characters}",
+        "/": "the root directory cannot be used here; give a directory of its own",
+        LONG: "the path is 255 bytes long; the kernel takes at most 254",
+    }.items():
+        for key in ("root", "upper-layer", "work-dir"):
+            refused(f'{key} = "{path}"', sentence)
+        if path not in ("", "upper", "/"):
+            refused(f'lower-store = "{path}"', sentence, before="")
+
+with subtest("A root that leaves no room for what is below it is refused"):
+    [said] = sentences(f'[stores.ci]\nlower-store = "/l"\nroot = "{LONG[:250]}"')
+    t.assertIn("with nix/store below it: the path is 260 bytes long", said)
+    [said] = sentences(f'[stores.ci]\nlower-store = "/l"\nroot = "/{"-" * 100}"')
+    t.assertIn("and systemd takes 255; use a shorter path", said)
+
+with subtest("Lower stores that have no directory here are refused"):
+    way_out = 'an overlay needs one: use a root directory, "daemon", "local" or "layered:NAME"'
+    for url in ("ssh://host", "ssh-ng://host", "https://cache.example.org", "s3://b", "dummy://"):
+        scheme = url.partition(":")[0]
+        sentence = f'a "{scheme}" store has no directory on this machine; {way_out}'
+        refused(f'lower-store = "{url}"', sentence, before="")
+    for value, sentence in {
+        "": 'it is empty; name a root directory, a Nix store URL such as "daemon", '
+        'or "layered:NAME"',
+        "/": 'the host\'s own store is written "daemon" (through its daemon) or "local" (directly)',
+        "local?root=relative": "the path is relative; give an absolute path",
+        "local?store=/gnu/store": 'its store directory is "/gnu/store"; a layered store needs one '
+        'that is "/nix/store"',
+        "layered:UP": "what follows \"layered:\" is no store's name: the name holds 'U'; "
+        "use lower-case letters, digits and '-' only",
+        "layered:no": 'no store "no" is declared here; declare it, or name another',
+        "layered:ci": "the store lies on itself (ci on ci); let one of them have a lower store of "
+        "its own",
+    }.items():
+        refused(f'lower-store = "{value}"', sentence, before="")
+    t.assertEqual(
+        check("[stores.ci]"),
+        [
+            (
+                1,
+                9,
+                'store "ci": key "lower-store" is missing; name the store underneath, '
+                'for example "daemon"',
+            )
+        ],
+    )
+
+with subtest("Stacks deeper than the kernel takes, and loops, are refused"):
+    stack = "".join(
+        f'[stores.{name}]\nlower-store = "{lower}"\n'
+        for name, lower in (("a", "/l"), ("b", "layered:a"), ("c", "layered:b"))
+    )
+    [(line, column, said)] = check(stack)
+    t.assertEqual((line, column), (6, 15))
+    t.assertEqual(
+        said,
+        'store "c": lower-store = "layered:b": the kernel stacks at most 2 overlays and this would '
+        "be number 3 (c on b on a); use the lower store of b instead",
+    )
+    loop = '[stores.a]\nlower-store = "layered:b"\n[stores.b]\nlower-store = "layered:a"'
+    t.assertEqual([said.count("lies on itself") for said in sentences(loop)], [1, 1])
+
+with subtest("No directory serves twice, or lies inside another"):
+    first = '[stores.a]\nlower-store = "/l"\nroot = "/a/root"\nupper-layer = "/a/up"\n'
+    first += 'work-dir = "/a/work"\n'
+    own = {"root": "/b/root", "upper-layer": "/b/up", "work-dir": "/b/work"}
+    each = "give each a directory of its own"
+    for key, value, sentence in (
+        ("upper-layer", "/a/up", f'it is also the upper-layer of store "a" (/a/up); {each}'),
+        ("work-dir", "/a/work", f'it is also the work-dir of store "a" (/a/work); {each}'),
+        ("root", "/a/root", f'it is also the root of store "a" (/a/root); {each}'),
+        ("root", "/a/up", f'it is also the upper-layer of store "a" (/a/up); {each}'),
+        ("upper-layer", "/a/up/x", f'it lies inside the upper-layer of store "a" (/a/up); {each}'),
+        ("root", "/a/work/x", f'it lies inside the work-dir of store "a" (/a/work); {each}'),
+        ("work-dir", "/b/up", f"it is also the upper-layer of the same store (/b/up); {each}"),
+        (
+            "work-dir",
+            "/b/up/work",
+            f"it lies inside the upper-layer of the same store (/b/up); {each}",
+        ),
+        (
+            "upper-layer",
+            "/l/nix/store/up",
+            'it lies inside the lower store\'s directory of store "a" (/l/nix/store); ' + each,
+        ),
+        (
+            "lower-store",
+            "/a/root",
+            'this is the store "a" of this configuration; write "layered:a"',
+        ),
+        (
+            "lower-store",
+            "/b/up",
+            "the lower store's directory /b/up/nix/store lies inside the upper-layer of the same "
+            "store (/b/up); a lower store has to lie apart",
+        ),
+    ):
+        keys = {"lower-store": "/l", **own, key: value}
+        table = "".join(f'{name} = "{path}"\n' for name, path in keys.items())
+        text = f"{first}[stores.b]\n{table}"
+        t.assertEqual(sentences(text), [f'store "b": {key} = "{value}": {sentence}'])
+
+with subtest("Names, accounts, modes and types are checked"):
+    for name, sentence in {
+        '"CI"': "the name holds 'C'; use lower-case letters, digits and '-' only",
+        "a_b": "the name holds '_'; use lower-case letters, digits and '-' only",
+        "-a": "the name starts with '-'; start it with a lower-case letter or a digit",
+        '""': "a store's name is empty; use lower-case letters, digits and '-'",
+        "a" * 65: "the name is 65 bytes long; the most is 64",
+    }.items():
+        plain = name.strip('"')
+        text = f'[stores.{name}]\nlower-store = "/l"'
+        t.assertEqual(check(text), [(1, 9, f'store "{plain}": {sentence}')])
+    octal = "a mode is three or four octal digits that leave the owner all rights, such as"
+    refused('mode = "0777"', "everybody could write into the store; take the last digit's 2 away")
+    for mode in ("rwx", "0055", "0o755", "17755"):
+        refused(f'mode = "{mode}"', f'{octal} "1775"')
+    for account in ("", "a b", "-x"):
+        refused(f'owner = "{account}"', "not the name or number of an account")
+        refused(f'group = "{account}"', "not the name or number of an account")
+    for declared, sentence in {
+        "root = 1": "root: a string is expected here, not an integer",
+        "lower-store = []": "lower-store: a string is expected here, not an array",
+        'required = "yes"': "required: true or false is expected here, not a string",
+        "autostart = 1": "autostart: true or false is expected here, not an integer",
+        "mode = 755": "mode: a string is expected here, not an integer",
+    }.items():
+        before = [] if declared.startswith("lower") else ['lower-store = "/l"']
+        text = "\n".join(["[stores.ci]", *before, declared])
+        t.assertEqual(sentences(text), [f'store "ci": {sentence}'])
+
+with subtest("Unknown keys are refused, and the nearest valid one is named"):
+    for text, place, sentence in (
+        ("[stors.ci]", (1, 2), 'unknown key "stors"; did you mean "stores"?'),
+        ("zzz = 1", (1, 1), 'unknown key "zzz"; the keys are stores'),
+        (
+            '[stores.ci]\nlower-store = "/l"\nuper-layer = "/u"',
+            (3, 1),
+            'store "ci": unknown key "uper-layer"; did you mean "upper-layer"?',
+        ),
+        (
+            '[stores.ci]\nlower-store = "/l"\nquota = 1',
+            (3, 1),
+            'store "ci": unknown key "quota"; the keys are lower-store, root, upper-layer, '
+            "work-dir, owner, group, mode, required, autostart",
+        ),
+    ):
+        t.assertEqual(check(text), [(*place, sentence)])
+    for text in (
+        "[stores.ci",
+        "[stores.ci]\nlower-store = /l",
+        "[stores.ci]\n[stores.ci]",
+        "stores = 1",
+    ):
+        t.assertEqual(len(check(text)), 1)
+
+with subtest("All mistakes are named at once, in the order of the text"):
+    mistakes = check('[stores.b]\nroot = 1\n[stores.a]\nlower-store = "/l"\nworkdir = "/w"')
+    t.assertEqual([line for line, _, _ in mistakes], [1, 2, 5])
+
+
+# What only the machine sees.
+
+
+@dataclass
+class Case:
+    """A store that cannot come up."""
+
+    reason: str
+    """What is said, as a regular expression."""
+    spoil: str
+    """Makes it so."""
+    repair: str
+    """Puts an end to it."""
+    lower: str = "/srv/lower"
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def is_kept(name: str) -> str:
+    """A command that succeeds while what somebody left in a store's directory is there."""
+    return f"grep -q precious /srv/{name}/precious"
+
+
+def merged(name: str) -> str:
+    return f"/srv/{name}/root/nix/store"
+
+
+UNIT = machine.succeed(f"systemd-escape --path --suffix=mount {merged('unit')}").strip()
+DEEP = "/srv/too-deep/lower"
+CASES = {
+    "lower-missing": Case(
+        r"lower-store: /srv/none/nix/store is not there; fill the lower store first, or mount the "
+        r"filesystem it is on",
+        "true",
+        "mkdir -p /srv/none/nix/store",
+        lower="/srv/none",
+    ),
+    "lower-file": Case(
+        r"lower-store: /srv/file/nix/store is not a directory; move it away, or name another path",
+        "mkdir -p /srv/file/nix; touch /srv/file/nix/store",
+        "rm /srv/file/nix/store; mkdir /srv/file/nix/store",
+        lower="/srv/file",
+    ),
+    "other-filesystem": Case(
+        r"work-dir: /srv/other-filesystem/tmpfs/work is on another mount than the upper layer "
+        r"/srv/other-filesystem/upper; put both on one filesystem",
+        "mkdir /srv/other-filesystem/tmpfs; mount -t tmpfs none /srv/other-filesystem/tmpfs",
+        "umount /srv/other-filesystem/tmpfs",
+        keys={"work-dir": "/srv/other-filesystem/tmpfs/work"},
+    ),
+    "other-mount": Case(
+        r"work-dir: /srv/other-mount/bind/work is on another mount than the upper layer",
+        "mkdir /srv/other-mount/bind; mount --bind /srv/other-mount/bind /srv/other-mount/bind",
+        "umount /srv/other-mount/bind",
+        keys={"work-dir": "/srv/other-mount/bind/work"},
+    ),
+    "filesystem-root": Case(
+        r"upper-layer: /srv/filesystem-root/fs is the root of a mounted filesystem, where things "
+        r"like lost\+found are no store paths; use a directory below it",
+        "mkdir /srv/filesystem-root/fs; mount -t tmpfs none /srv/filesystem-root/fs",
+        "umount /srv/filesystem-root/fs",
+        keys={"upper-layer": "/srv/filesystem-root/fs"},
+    ),
+    "no-xattrs": Case(
+        r"upper-layer: the filesystem of /srv/no-xattrs/fs/upper has no extended attributes, "
+        r"which OverlayFS needs; use another filesystem",
+        "mkdir /srv/no-xattrs/fs; mount -t ramfs none /srv/no-xattrs/fs",
+        "umount /srv/no-xattrs/fs",
+        keys={"upper-layer": "/srv/no-xattrs/fs/upper", "work-dir": "/srv/no-xattrs/fs/work"},
+    ),
+    "symlink": Case(
+        r"upper-layer: /srv/symlink/link is a symbolic link; write the path it leads to",
+        "mkdir /srv/symlink/real; ln -s real /srv/symlink/link",
+        "rm /srv/symlink/link",
+        keys={"upper-layer": "/srv/symlink/link/upper"},
+    ),
+    "symlink-at-the-end": Case(
+        r"root: /srv/symlink-at-the-end/root/nix/store is a symbolic link; write the path it",
+        "mkdir -p /srv/symlink-at-the-end/root/nix; "
+        "ln -s /tmp /srv/symlink-at-the-end/root/nix/store",
+        "rm /srv/symlink-at-the-end/root/nix/store",
+    ),
+    "writable": Case(
+        r"upper-layer: /srv/writable can be changed by others than root and the store's owner, who "
+        r"could put something else in its place; change its owner or mode \(now uid 0, mode 0777\)",
+        "chmod 0777 /srv/writable",
+        "chmod 0755 /srv/writable",
+    ),
+    "of-bob": Case(
+        r"upper-layer: /srv/of-bob can be changed by others .* \(now uid \d+, mode 0755\)",
+        "chown bob /srv/of-bob",
+        "chown root /srv/of-bob",
+    ),
+    "not-empty": Case(
+        r'root: /srv/not-empty/root/nix/store is not empty \(it holds "something"\), and the mount '
+        r"would hide what is in it; move it away, or name another root",
+        "mkdir -p /srv/not-empty/root/nix/store/something",
+        "rmdir /srv/not-empty/root/nix/store/something",
+    ),
+    "file-in-the-way": Case(
+        r"upper-layer: /srv/file-in-the-way/upper is not a directory; move it away, or name",
+        "touch /srv/file-in-the-way/upper",
+        "rm /srv/file-in-the-way/upper",
+    ),
+    "unit": Case(
+        rf"a unit {re.escape(UNIT)} that is not ours exists already .*; remove it from /etc/fstab "
+        r"or /etc/systemd/system, or name another root",
+        f"printf '[Mount]\\nWhat=none\\nType=tmpfs\\nWhere={merged('unit')}\\n' "
+        f"> '/run/systemd/system/{UNIT}'; systemctl daemon-reload",
+        f"rm '/run/systemd/system/{UNIT}'; systemctl daemon-reload",
+    ),
+    "fstab": Case(
+        r"a unit srv-fstab-root-nix-store.mount that is not ours exists already .*; remove it from "
+        r"/etc/fstab",
+        "touch /etc/fstab; cp --remove-destination $(readlink -f /etc/fstab) /etc/fstab.new; "
+        f"echo 'none {merged('fstab')} tmpfs noauto 0 0' >> /etc/fstab.new; "
+        "mv /etc/fstab.new /etc/fstab; systemctl daemon-reload",
+        "sed -i '/srv.fstab/d' /etc/fstab; systemctl daemon-reload",
+    ),
+    "foreign": Case(
+        r"tmpfs from precious is mounted at /srv/foreign/root/nix/store, which is not this store; "
+        r"it is left alone: unmount it, or name another root",
+        f"mkdir -p {merged('foreign')}; mount -t tmpfs precious {merged('foreign')}; "
+        f"touch {merged('foreign')}/theirs",
+        f"test -e {merged('foreign')}/theirs; umount {merged('foreign')}",
+    ),
+    "locked": Case(
+        r"upper-layer: /srv/locked/upper is locked by another process, most likely another "
+        r"layered-storesd; two overlays on one upper layer corrupt it, so this store stays down",
+        "mkdir /srv/locked/upper; systemd-run --quiet --unit=locker --service-type=notify "
+        "-p NotifyAccess=all flock --exclusive /srv/locked/upper "
+        "/bin/sh -c 'systemd-notify --ready; exec sleep infinity'",
+        "systemctl stop locker",
+    ),
+    "owner": Case(
+        r'owner = "nobody-knows": there is no such user on this machine; create it, or name',
+        "true",
+        "useradd nobody-knows",
+        keys={"owner": "nobody-knows"},
+    ),
+    "group": Case(
+        r'group = "no-such-group": there is no such group on this machine; create it, or name',
+        "true",
+        "groupadd no-such-group",
+        keys={"group": "no-such-group"},
+    ),
+    "other-owner": Case(
+        r"upper-layer: /srv/other-owner/upper belongs to uid 0, and the configuration says \d+; "
+        r"chown it, or change `owner`",
+        "mkdir /srv/other-owner/upper",
+        "chown alice /srv/other-owner/upper",
+        keys={"owner": "alice"},
+    ),
+    "read-only": Case(
+        r"upper-layer: .*/srv/read-only/fs/upper.*Read-only file system",
+        "mkdir /srv/read-only/fs; mount -t tmpfs -o ro none /srv/read-only/fs",
+        "mount -o remount,rw /srv/read-only/fs",
+        keys={"upper-layer": "/srv/read-only/fs/upper", "work-dir": "/srv/read-only/fs/work"},
+    ),
+    "too-deep": Case(
+        r"lower-store: .*the kernel stacks at most 2 overlays",
+        f"mkdir -p {DEEP}/nix/store /srv/too-deep/u {{/srv/too-deep/,}}{{a,b,c,d}}; "
+        f"cd /srv/too-deep; for layer in 'a b' 'c d'; do set -- $layer; mount -t overlay overlay "
+        f"-o lowerdir={DEEP}/nix/store,upperdir=/srv/too-deep/$1,workdir=/srv/too-deep/$2 "
+        f"{DEEP}/nix/store; done",
+        f"umount {DEEP}/nix/store; umount {DEEP}/nix/store",
+        lower=DEEP,
+    ),
+}
+
+
+def declaration(name: str, lower: str, keys: dict[str, str]) -> str:
+    own = {
+        "lower-store": lower,
+        "root": f"/srv/{name}/root",
+        "upper-layer": f"/srv/{name}/upper",
+        "work-dir": f"/srv/{name}/work",
+        **keys,
+    }
+    return "\n".join([f"[stores.{name}]", *(f'{key} = "{value}"' for key, value in own.items())])
+
+
+def status(name: str) -> dict[str, object]:
+    _, output = machine.execute(f"layered-stores status {name} --json")
+    found: dict[str, object] = json.loads(output)
+    return found
+
+
+with subtest("Broken stores keep neither the daemon nor other stores from coming up"):
+    machine.wait_for_unit("multi-user.target")
+    machine.succeed("mkdir -p /srv/lower/nix/store")
+    for name, case in CASES.items():
+        machine.succeed(
+            f"mkdir -p /srv/{name}; echo precious > /srv/{name}/precious", case.spoil, is_kept(name)
+        )
+    stores = [declaration(name, case.lower, case.keys) for name, case in CASES.items()]
+    text = "\n".join([*stores, declaration("good", "/srv/lower", {})])
+    machine.succeed(f"install -D -m 644 /dev/stdin {CONFIGURATION} << 'END'\n{text}\nEND")
+    # Nothing of it can be seen in the text.
+    machine.succeed("layered-stores check-config")
+    mounts = machine.succeed("cut -d ' ' -f 5,9- /proc/self/mountinfo")
+    machine.succeed("systemctl restart layered-storesd", timeout=60)
+    machine.require_unit_state("layered-storesd")
+    t.assertEqual(status("good")["state"], "active")
+    summary = machine.get_unit_property("layered-storesd", "StatusText")
+    t.assertIn(f"1 of {len(CASES) + 1} stores active; failed: ", summary)
+    machine.fail("systemctl start layered-stores.target")
+
+with subtest("Each says in one sentence what is wrong and what to do"):
+    for name, case in CASES.items():
+        found = status(name)
+        t.assertEqual(found["state"], "failed", name)
+        reason = str(found["state-reason"])
+        t.assertRegex(reason, case.reason)
+        t.assertNotIn("\n", reason)
+        t.assertEqual(machine.execute(f"layered-stores status {name}")[0], 3)
+        t.assertIn(reason, machine.execute(f"layered-stores status {name}")[1])
+        t.assertIn(reason, machine.succeed(f"journalctl -b -o cat -p warning STORE={name}"))
+
+with subtest("Asked to start, they say it again"):
+    for name, case in CASES.items():
+        said = machine.fail(f"layered-stores start {name} 2>&1", timeout=30)
+        t.assertEqual(said.count("\n"), 1, said)
+        t.assertTrue(
+            said.startswith(f'layered-stores: store "{name}" could not be started: '), said
+        )
+        t.assertRegex(said, case.reason)
+    said = machine.fail(
+        "SYSTEMD_LOG_LEVEL=debug busctl call org.layeredstores1 "
+        "/org/layeredstores1/store/locked org.layeredstores1.Store Start 2>&1"
+    )
+    t.assertIn("error-name=org.layeredstores1.Error.StartFailed", said)
+
+with subtest("Nothing is half done: no mount, and what was there is there"):
+    after = machine.succeed(
+        f"cut -d ' ' -f 5,9- /proc/self/mountinfo | grep -v '^{merged('good')} '"
+    )
+    t.assertEqual(after, mounts)
+    for name in CASES:
+        machine.succeed(is_kept(name))
+    machine.succeed(
+        "test -d /srv/not-empty/root/nix/store/something",
+        f"test -e {merged('foreign')}/theirs",
+        f"test -e '/run/systemd/system/{UNIT}'",
+        "test $(stat -c %a:%U /srv/writable) = 777:root",
+        "test $(stat -c %U /srv/other-owner/upper) = root",
+        "test $(stat -c %U /srv/of-bob) = bob",
+    )
+    # What is not the daemon's to lock is not locked.
+    t.assertNotIn("i", machine.succeed(f"lsattr -d {merged('not-empty')}").split()[0])
+    machine.fail("test -e /srv/no-xattrs/fs/upper/x -o -e /srv/lower-missing/upper")
+
+with subtest("Repaired, each starts"):
+    for name, case in CASES.items():
+        machine.succeed(case.repair, f"layered-stores start {name}", timeout=60)
+        found = status(name)
+        t.assertEqual((found["state"], found["problems"]), ("active", []), name)
+        machine.succeed(f"mountpoint --quiet {merged(name)}", is_kept(name))
+    machine.succeed("layered-stores status", "systemctl start layered-stores.target")
+    machine.require_unit_state("layered-stores.target")

@@ -1,0 +1,441 @@
+# The daemon goes away: it is killed at every step of what it does, restarted, upgraded, hung,
+# misconfigured, and taken down with the whole machine. Stores stay usable meanwhile, and the next
+# daemon finds or makes everything as it should be.
+import json
+from typing import Any
+
+CONFIG = "/etc/layered-stores/config.toml"
+DROP_INS = "/run/systemd/system/layered-storesd.service.d"
+LOWER = "/srv/base"
+UPPER = "/srv/ci/upper"
+MERGED = "/srv/ci/root/nix/store"
+UNIT = "srv-ci-root-nix-store.mount"
+
+
+def derivation(name: str, script: str) -> str:
+    """The least that Nix builds: a shell script that writes a file."""
+    return (
+        f'derivation {{ name = "{name}"; system = builtins.currentSystem; '
+        f'builder = "/bin/sh"; args = [ "-c" "{script}" ]; }}'
+    )
+
+
+def build(store: str, name: str, script: str) -> str:
+    """Has Nix build something, and returns its store path."""
+    return machine.succeed(
+        f"nix-build --no-out-link --store '{store}' -E '{derivation(name, script)}'"
+    ).strip()
+
+
+def write(path: str, *lines: str) -> None:
+    """Writes a text file."""
+    text = "\n".join(lines)
+    machine.succeed(f"cat >{path} <<'END'\n{text}\nEND")
+
+
+def merged(path: str) -> str:
+    """Where a store path is to be found outside of Nix."""
+    return path.replace("/nix/store", MERGED)
+
+
+def status() -> dict[str, Any]:
+    """What `layered-stores status ci` says."""
+    code, output = machine.execute("layered-stores status ci --json")
+    assert code in (0, 3), output
+    properties: dict[str, Any] = json.loads(output)
+    return properties
+
+
+def identity() -> str:
+    """Differs once the store was unmounted, however briefly.
+
+    The mount's number alone would not do: the kernel gives it out again.
+    """
+    return machine.succeed(
+        f"awk '$5 == \"{MERGED}\" {{ print $1, $3 }}' /proc/self/mountinfo",
+        f"systemctl show -P ActiveEnterTimestampMonotonic {UNIT}",
+    )
+
+
+def start_reader() -> None:
+    """Reads from the store without a pause, until that fails once."""
+    loop = f"while read -r line <{merged(below)}; do :; done"
+    machine.succeed(f"systemd-run --quiet --collect --unit=reader sh -c '{loop}'")
+
+
+def reader_saw_no_gap() -> None:
+    machine.require_unit_state("reader.service")
+    machine.succeed("systemctl stop reader.service")
+
+
+def main_pid() -> str:
+    return machine.get_unit_property("layered-storesd.service", "MainPID")
+
+
+def wait_for_next_daemon(after: str) -> None:
+    """Waits until there is a daemon that is not this process, and it is ready."""
+    machine.wait_until_succeeds(
+        "systemctl is-active --quiet layered-storesd && "
+        f"test $(systemctl show -P MainPID layered-storesd) != {after}",
+        timeout=60,
+    )
+
+
+def drop_in(*lines: str) -> None:
+    """Changes the daemon's unit, until no_drop_in()."""
+    machine.succeed(f"mkdir -p {DROP_INS}")
+    write(f"{DROP_INS}/test.conf", "[Service]", *lines)
+    machine.succeed("systemctl daemon-reload")
+
+
+def no_drop_in() -> None:
+    machine.succeed(f"rm {DROP_INS}/test.conf", "systemctl daemon-reload")
+
+
+machine.start(allow_reboot=True)
+machine.wait_for_unit("layered-storesd.service")
+
+with subtest("There is a store, over a lower store that Nix fills"):
+    below = build(LOWER, "below", "echo below > $out")
+    machine.succeed("layered-stores start ci")
+    uri = machine.succeed("layered-stores uri ci").strip()
+    above = build(uri, "above", "echo above > $out")
+    machine.succeed(f"grep below {merged(below)}", f"grep above {merged(above)}")
+
+# Kill points
+#
+# What a killed process leaves depends on how far it came. It is killed just before each call of
+# these system calls, which are those that change something or hand something on to somebody else.
+PREPARE = "mkdirat fchown fchmod renameat2 fsetxattr fremovexattr flock ioctl"
+RECORD = "mkdir rename fsync"
+THREADS = "unshare setns inotify_add_watch"
+TALK = "sendmsg recvmsg"
+SWAP = "fspick fsopen fsconfig fsmount move_mount umount2"
+
+# doomed.service is the daemon as it is, hardening included, under a strace that kills it. strace
+# needs ptrace(2), which the filter of system calls is there to keep away from the daemon.
+machine.succeed(
+    r"""
+    sed -e '/^BusName=/d; /^SystemCallFilter=/d; s/^Restart=.*/Restart=no/' \
+        -e 's|^ExecStart=|&strace -f -qq -o /dev/null $KILL |' \
+        -e '/^\[Service\]/a NotifyAccess=all\nEnvironmentFile=/run/doomed' \
+        "$(systemctl show -P FragmentPath layered-storesd)" >/run/systemd/system/doomed.service
+    sed -i "s|=strace |=$(command -v strace) |" /run/systemd/system/doomed.service
+    systemctl daemon-reload
+    """
+)
+
+
+def kill_at_every(calls: str, before: str, errand: str, after: str, meanwhile: str = "") -> int:
+    """Kills the daemon at every call, has the next one take over, and looks at the result.
+
+    Returns how often it was killed.
+    """
+    kills = 0
+    for call in calls.split():
+        for number in range(1, 100):
+            kill = f"-e trace=?{call} -e inject=?{call}:signal=SIGKILL:when={number}"
+            result = machine.succeed(
+                f"""
+                systemctl stop layered-storesd
+                {before}
+                echo "KILL={kill}" >/run/doomed
+                {{ systemctl start doomed && {errand}; }} >/dev/null 2>&1 || true
+                systemctl stop doomed
+                {meanwhile}
+                systemctl start layered-storesd
+                {after}
+                systemctl show -P Result doomed
+                """
+            )
+            if result.strip() == "success":
+                break
+            kills += 1
+        else:
+            raise AssertionError(f"there is no end of calls of {call}")
+    return kills
+
+
+# Up: one mount and none beneath it, of the store's layers, as Nix wants to see it in the mount
+# table; directories with the owner and mode they should have, none of them half-made.
+UP = f"""
+test "$(layered-stores list)" = 'ci  active'
+layered-stores status >/dev/null
+test "$(grep -c ' {MERGED} ' /proc/self/mountinfo)" = 1
+grep -q '^overlay {MERGED} .*[ ,]lowerdir={LOWER}/nix/store,upperdir={UPPER},' /proc/self/mounts
+cd /srv/ci
+for owned in upper:root:755 work:root:700 root:root:755 root/nix/store:root:755 \
+    root/nix/var/nix:root:755 root/nix/var/log/nix:root:755
+do
+    test "$(stat -c %n:%U:%a "${{owned%%:*}}")" = "$owned"
+done
+test -z "$(find /srv/ci -name '*.new')"
+grep -q below {merged(below)}
+"""
+# And nothing is lost, says Nix, which looks at the mount as well.
+UP_WITH_DATA = f"""
+{UP}
+grep -q above {merged(above)}
+nix-store --store '{uri}' --check-validity {above} {below}
+"""
+# What an administrator would see without the mount: a directory that takes no writes.
+UNMOUNT = f"""
+systemctl stop {UNIT}
+lsattr -d {MERGED} | cut -d' ' -f1 | grep -q i
+"""
+STORE = "org.layeredstores1 /org/layeredstores1/store/ci org.layeredstores1.Store"
+kills = 0
+
+with subtest("Killed while it brings a store up for the first time"):
+    # Put what there is aside, so that everything is still to be made.
+    machine.succeed(
+        f"systemctl stop layered-storesd\n{UNMOUNT}\nchattr -i {MERGED}",
+        "mv /srv/ci /srv/kept",
+    )
+    nothing_there = f"""
+    ! mountpoint --quiet {MERGED} || systemctl stop {UNIT}
+    chattr -f -i {MERGED} || true
+    rm -rf /srv/ci /var/lib/layered-stores/known /run/layered-stores/*
+    """
+    kills += kill_at_every(f"{PREPARE} {RECORD} {THREADS}", nothing_there, "true", UP)
+    machine.succeed(f"systemctl stop layered-storesd\n{nothing_there}\nmv /srv/kept /srv/ci")
+    machine.succeed(f"systemctl start layered-storesd\n{UP_WITH_DATA}")
+
+with subtest("Killed while it brings a store up that has data, as after a reboot"):
+    as_after_a_reboot = f"{UNMOUNT}\nrm /run/layered-stores/*"
+    kills += kill_at_every(f"flock rename {TALK}", as_after_a_reboot, "true", UP_WITH_DATA)
+
+with subtest("Killed while it takes a store over, and while it stops it"):
+    # The bus must not start the next daemon for this call: it would do what it is asked for.
+    stop = f"busctl --auto-start=no call {STORE} Stop"
+    kills += kill_at_every(f"flock {TALK}", "", stop, UP_WITH_DATA)
+
+with subtest("Killed while it slides a fresh superblock under a store"):
+    # A path in both layers, held open while it is deleted: a reconfigure does not help there.
+    shadowed = f"{'0' * 32}-shadowed"
+    machine.succeed(f"install -D /dev/stdin {LOWER}/nix/store/{shadowed}/file <<<lower")
+    pinned = f"""
+    install -D /dev/stdin {UPPER}/{shadowed}/file <<<upper
+    systemctl start layered-storesd
+    layered-stores remount ci
+    systemctl stop layered-storesd
+    sleep 1000 <{MERGED}/{shadowed}/file >/dev/null 2>&1 &
+    holder=$!
+    """
+    delete = f"rm -r {UPPER}/{shadowed} && busctl --auto-start=no call {STORE} Remount"
+    no_gap = f"grep -q below {merged(below)}"
+    right = f"""
+    timeout 20 sh -c 'until grep -qs lower {MERGED}/{shadowed}/file; do sleep 0.02; done'
+    {UP_WITH_DATA}
+    layered-stores verify ci >/dev/null
+    kill $holder
+    """
+    kills += kill_at_every(SWAP, pinned, delete, right, meanwhile=no_gap)
+
+with subtest("Killed while it makes a store anew whose declaration has changed"):
+    change = f"""
+    if grep -q /srv/ci/other-work {CONFIG}
+    then sed -i s:/srv/ci/other-work:/srv/ci/work: {CONFIG}
+    else sed -i s:/srv/ci/work:/srv/ci/other-work: {CONFIG}
+    fi
+    """
+    changed = f"""
+    {UP_WITH_DATA}
+    wanted=$(sed -n 's/^work-dir = "\\(.*\\)"/\\1/p' {CONFIG})
+    grep -q "^overlay {MERGED} .*,workdir=$wanted[, ]" /proc/self/mounts
+    """
+    kills += kill_at_every("ioctl rename renameat2 sendmsg", change, "true", changed)
+    machine.succeed(
+        f"sed -i s:/srv/ci/other-work:/srv/ci/work: {CONFIG}\nsystemctl restart layered-storesd\n{changed}"
+    )
+
+with subtest("Killed while it takes down a store that is declared no more"):
+    undeclared = f"""
+    cp {CONFIG} /srv/config.toml
+    systemctl start layered-storesd
+    {UP_WITH_DATA}
+    systemctl stop layered-storesd
+    rm {CONFIG}
+    """
+    gone = f"""
+    test -z "$(layered-stores list)"
+    test -z "$(systemctl list-units --all --plain --no-legend {UNIT})"
+    test -z "$(ls -A /var/lib/layered-stores/known)"
+    grep -q above {UPPER}/{above.removeprefix("/nix/store/")}
+    touch {MERGED}/.writable
+    rm {MERGED}/.writable
+    cp /srv/config.toml {CONFIG}
+    """
+    kills += kill_at_every("ioctl unlink sendmsg", undeclared, "true", gone)
+    machine.succeed(f"systemctl restart layered-storesd\n{UP_WITH_DATA}")
+
+log.info(f"The daemon was killed at {kills} places")
+assert kills > 100, f"only {kills} kills: has strace lost its grip?"
+
+# Restarts
+
+with subtest("A restart, a crash, and systemd's own reloads leave the mount alone"):
+    before = identity()
+    start_reader()
+    pid = main_pid()
+    machine.succeed("systemctl restart layered-storesd")
+    wait_for_next_daemon(pid)
+    pid = main_pid()
+    machine.succeed("systemctl kill --signal=KILL layered-storesd")
+    wait_for_next_daemon(pid)
+    machine.succeed("systemctl daemon-reload")
+    machine.succeed("systemctl daemon-reexec")
+    assert status()["state"] == "active"
+    assert identity() == before
+    reader_saw_no_gap()
+    machine.succeed("systemctl show -P StatusText layered-storesd | grep -x '1 of 1 stores active'")
+
+with subtest("After systemd has executed itself anew, the daemon still hears from it"):
+    machine.succeed("layered-stores stop ci", "layered-stores start ci")
+    assert status()["state"] == "active"
+
+with subtest("The daemon is upgraded under a running build"):
+    # As a distribution does it: other files, and a restart.
+    machine.succeed(
+        "mkdir -p /srv/upgraded /srv/signals && mkfifo /srv/signals/go",
+        'cp "$(command -v layered-storesd)" "$(command -v layered-stores-remount)" /srv/upgraded',
+    )
+    script = "echo >/srv/signals/started; read go </srv/signals/go; echo built > $out"
+    write("/srv/slow.nix", derivation("slow", script))
+    machine.succeed(
+        "systemd-run --quiet --unit=build --property=RemainAfterExit=yes "
+        f"nix-build --no-out-link --store '{uri}' /srv/slow.nix "
+        "--option extra-sandbox-paths /srv/signals"
+    )
+    machine.wait_for_file("/srv/signals/started", timeout=30)
+    before = identity()
+    start_reader()
+    machine.succeed("systemctl stop layered-storesd")
+    drop_in("ExecStart=", "ExecStart=/srv/upgraded/layered-storesd")
+    machine.succeed("systemctl start layered-storesd")
+    machine.succeed("echo >/srv/signals/go")
+    machine.wait_until_fails("test $(systemctl show -P SubState build) = running", timeout=30)
+    machine.require_unit_state("build.service")
+    slow = machine.succeed(
+        "nix-instantiate --store dummy:// --eval --raw -E '(import /srv/slow.nix).outPath'"
+    )
+    machine.succeed(f"grep built {merged(slow)}", "systemctl stop build")
+    # The new daemon's hook is the one that Nix will call from now on.
+    assert status()["state"] == "active"
+    assert "remount-hook=/srv/upgraded/layered-stores-remount" in status()["store-uri"]
+    no_drop_in()
+    machine.succeed("systemctl restart layered-storesd")
+    assert machine.succeed("layered-stores uri ci").strip() == uri
+    assert identity() == before
+    reader_saw_no_gap()
+
+with subtest("A second daemon is turned away and leaves everything as it was"):
+    before = identity()
+    # It would share an upper layer, and bring a store of its own up.
+    write(
+        "/srv/other.toml",
+        *("[stores.other]", f'lower-store = "{LOWER}"', 'root = "/srv/other/root"'),
+        *('upper-layer = "/srv/other/upper"', 'work-dir = "/srv/other/work"'),
+        *("[stores.same]", f'lower-store = "{LOWER}"', 'root = "/srv/same/root"'),
+        *(f'upper-layer = "{UPPER}"', 'work-dir = "/srv/ci/same-work"'),
+    )
+    pid = main_pid()
+    code, output = machine.execute(
+        "timeout 20 layered-storesd --config /srv/other.toml "
+        "--state-dir /srv/other-state --runtime-dir /srv/other-run 2>&1"
+    )
+    assert code == 1, (code, output)
+    assert "another layered-storesd" in output, output
+    # One sentence, and nothing before it.
+    assert len(output.strip().splitlines()) == 1, output
+    machine.fail("ls -d /srv/other /srv/same /srv/ci/same-work /srv/other-state 2>/dev/null")
+    assert machine.succeed("layered-stores list") == "ci  active\n"
+    assert main_pid() == pid
+    assert identity() == before
+
+with subtest("A daemon that hangs is replaced"):
+    before = identity()
+    drop_in("WatchdogSec=2s")
+    machine.succeed("systemctl restart layered-storesd")
+    start_reader()
+    pid = main_pid()
+    machine.succeed("systemctl kill --signal=STOP layered-storesd")
+    wait_for_next_daemon(pid)
+    assert machine.get_unit_property("layered-storesd.service", "NRestarts") == "1"
+    machine.succeed("journalctl --unit=layered-storesd | grep -i watchdog")
+    assert status()["state"] == "active"
+    assert identity() == before
+    reader_saw_no_gap()
+    machine.succeed("systemctl show -P StatusText layered-storesd | grep -x '1 of 1 stores active'")
+    no_drop_in()
+
+with subtest("A daemon that is alive is not, however short the watchdog"):
+    drop_in("WatchdogSec=200ms")
+    machine.succeed("systemctl restart layered-storesd")
+    for _ in range(20):
+        machine.succeed("layered-stores remount ci")
+    assert machine.get_unit_property("layered-storesd.service", "NRestarts") == "0"
+    no_drop_in()
+    machine.succeed("systemctl restart layered-storesd")
+
+with subtest("With a wrong configuration it gives up at once, and the store stays up"):
+    before = identity()
+    start_reader()
+    wrong = f"sed '/^\\[stores/a upper = 1' /srv/config.toml >{CONFIG}"
+    machine.succeed(f"cp {CONFIG} /srv/config.toml", f"rm {CONFIG}", wrong)
+    machine.fail("systemctl restart layered-storesd")
+    daemon = machine.get_unit_info("layered-storesd.service")
+    assert daemon["ActiveState"] == "failed", daemon["ActiveState"]
+    assert daemon["ExecMainStatus"] == "78", daemon["ExecMainStatus"]
+    assert daemon["NRestarts"] == "0", daemon["NRestarts"]
+    # The status line and the journal say where the mistake is, and what was meant.
+    mistake = f'{CONFIG}:2:1: store "ci": unknown key "upper"; did you mean "upper-layer"?'
+    assert daemon["StatusText"] == mistake, daemon["StatusText"]
+    machine.succeed(f"journalctl --unit=layered-storesd --priority=err | grep -F '{mistake}'")
+    # Nix goes on.
+    build(uri, "without-a-daemon", "echo on > $out")
+    machine.succeed(f"cp /srv/config.toml {CONFIG}", "systemctl start layered-storesd")
+    assert status()["state"] == "active"
+    assert identity() == before
+    reader_saw_no_gap()
+
+# The whole machine
+
+with subtest("A path in both layers is deleted from the upper one"):
+    both = build(uri, "both", "echo both > $out")
+    assert build(LOWER, "both", "echo both > $out") == both
+    name = both.removeprefix("/nix/store/")
+    machine.succeed(f"test -e {UPPER}/{name}")
+    machine.succeed(f"nix-store --store '{uri}' --delete {both}")
+    machine.succeed(f"test ! -e {UPPER}/{name}", f"grep both {merged(both)}")
+    assert status()["refresh-count"] >= 1, status()
+
+
+def everything_is_back() -> None:
+    machine.wait_for_unit("layered-storesd.service")
+    machine.wait_for_unit("layered-stores.target")
+    assert status()["state"] == "active", status()
+    assert status()["problems"] == [], status()
+    machine.succeed(UP_WITH_DATA)
+    # The database knows what was built, and what was deleted from the upper layer is the lower's.
+    machine.succeed(f"nix-store --store '{uri}' --check-validity {above} {slow}")
+    machine.succeed(f"test ! -e {UPPER}/{name}", f"grep both {merged(both)}")
+    machine.succeed("layered-stores verify ci")
+    build(uri, "after-boot", "echo $PPID > $out")
+
+
+with subtest("A reboot brings it all back"):
+    machine.reboot()
+    everything_is_back()
+
+with subtest("So does a power cut"):
+    machine.succeed("sync")
+    machine.crash()
+    machine.start(allow_reboot=True)
+    everything_is_back()
+
+with subtest("And one just after a store was brought up"):
+    machine.succeed("layered-stores stop ci", "sync", "layered-stores start ci")
+    machine.crash()
+    machine.start(allow_reboot=True)
+    everything_is_back()
