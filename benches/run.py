@@ -22,7 +22,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LOWER = "/srv/lower"
 STORES = "/var/lib/layered-stores/stores"
 PLAIN = "/srv/plain"
-OPTIONS = "nosuid,nodev,lowerdir={lower},upperdir={upper},workdir={work},index=off,metacopy=off,nfs_export=off,xino=off"
+OPTIONS = (
+    "nosuid,nodev,lowerdir={lower},upperdir={upper},workdir={work}"
+    ",index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off"
+)
 
 
 def build_measure() -> Path:
@@ -114,11 +117,14 @@ def configure(machine: Machine, number: int) -> None:
             printf '[stores.s%d]\\nlower-store = "{LOWER}"\\n' $i >> /etc/layered-stores/config.toml
             mkdir -p {PLAIN}/$i/upper {PLAIN}/$i/work {PLAIN}/$i/root/nix/store
             unit=srv-plain-$i-root-nix-store.mount
-            printf '[Unit]\\nRequiresMountsFor=%s\\n[Mount]\\nWhat=overlay\\nWhere=%s\\nType=overlay\\nOptions=%s\\n' \\
-                "{LOWER}/nix/store {PLAIN}/$i/upper {PLAIN}/$i/work" "{PLAIN}/$i/root/nix/store" "{layers}" \\
-                > /run/systemd/system/$unit
+            printf '[Unit]\\nRequiresMountsFor=%s %s %s\\n' \\
+                {LOWER}/nix/store {PLAIN}/$i/upper {PLAIN}/$i/work > /run/systemd/system/$unit
+            printf '[Mount]\\nWhat=overlay\\nWhere=%s\\nType=overlay\\nOptions=%s\\n' \\
+                "{PLAIN}/$i/root/nix/store" "{layers}" \\
+                >> /run/systemd/system/$unit
             ln -s ../$unit /run/systemd/system/bench.target.wants/
-            echo "mount -t overlay overlay -o {layers} {PLAIN}/$i/root/nix/store" >> /root/mount-loop
+            echo "mount -t overlay overlay -o {layers} {PLAIN}/$i/root/nix/store" \\
+                >> /root/mount-loop
         done
     """)
 
@@ -127,7 +133,7 @@ def bench_start(machine: Machine, number: int, rounds: int) -> dict[str, object]
     """The time until so many stores are all active."""
     configure(machine, number)
     # Directories are made once, on both sides, as on a machine that has been set up.
-    machine.succeed("systemctl start layered-storesd")
+    machine.succeed("systemctl restart layered-storesd")
     ours: list[float] = []
     plain: list[float] = []
     reload: list[float] = []
@@ -141,14 +147,8 @@ def bench_start(machine: Machine, number: int, rounds: int) -> dict[str, object]
         mounted = int(machine.succeed("grep -c '^overlay ' /proc/mounts"))
         assert mounted == number, f"{mounted} of {number} stores are mounted"
         status.append(timed(machine, "layered-stores status"))
-        memory = max(
-            memory,
-            int(
-                machine.succeed(
-                    "sed -n 's/^VmRSS:[^0-9]*\\([0-9]*\\).*/\\1/p' /proc/$(pidof layered-storesd)/status"
-                )
-            ),
-        )
+        rss = machine.succeed("grep VmRSS /proc/$(pidof layered-storesd)/status").split()[1]
+        memory = max(memory, int(rss))
         again.append(timed(machine, "systemctl restart layered-storesd"))
         stop_everything(machine)
         reload.append(timed(machine, "systemctl daemon-reload"))
@@ -174,9 +174,8 @@ def describe(machine: Machine) -> None:
     versions = machine.succeed(
         "systemctl --version | head -n 1; mount --version; dbus-daemon --version | head -n 1"
     )
-    print(
-        f"Measured {time.strftime('%Y-%m-%d')} on Linux {platform.release()}, {os.cpu_count()} cores;"
-    )
+    date = time.strftime("%Y-%m-%d")
+    print(f"Measured {date} on Linux {platform.release()}, {os.cpu_count()} cores;")
     print("in the machine: " + "; ".join(versions.splitlines()) + ".")
 
 

@@ -5,6 +5,7 @@ import json
 import time
 from typing import Any
 
+CONFIG = "/etc/layered-stores/config.toml"
 LOWER = "/srv/base"
 UPPER = "/srv/ci/upper"
 MERGED = "/srv/ci/root/nix/store"
@@ -205,17 +206,26 @@ with subtest("What is mounted by hand as it should be is taken over, and left mo
     machine.succeed("layered-stores start ci")
     is_usable()
     assert mount_id() == found
+    # A stop that is refused has no effect.
     output = machine.fail("layered-stores stop ci 2>&1")
     assert "was not mounted by the daemon" in output, output
     assert "in use" not in output, output
-    assert list(problems()) == ["not-ours"], problems()
-    assert mount_id() == found
-    # Whoever has mounted it unmounts it, and then it is down as it was asked to be.
-    machine.succeed(f"umount {MERGED}")
-    wait_for_state("inactive")
-    assert problems() == {}
-    machine.succeed("layered-stores start ci")
     is_usable()
+    # Declared no more, it should go, and who has to see to that is said.
+    machine.succeed(f"mv {CONFIG} /srv/config.toml")
+    machine.execute("layered-stores reload")
+    assert list(problems()) == ["not-ours"], problems()
+    assert f"`umount {MERGED}`" in problems()["not-ours"], problems()
+    assert mount_id() == found
+    machine.succeed(f"mv /srv/config.toml {CONFIG}", "layered-stores reload")
+    is_usable()
+    assert mount_id() == found
+    # Unmounted, it is mounted again, by the daemon this time.
+    machine.succeed(f"umount {MERGED}")
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+    wait_for_state("active")
+    is_usable()
+    machine.succeed("layered-stores stop ci", "layered-stores start ci")
 
 # Changed
 

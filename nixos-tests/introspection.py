@@ -1,7 +1,8 @@
-# The D-Bus API is what the shipped files say it is, to the letter: documentation, arguments, annotations.
+# The D-Bus API is what the shipped files say it is, to the letter: documentation, arguments,
+# annotations.
 #
-# Other programs are generated from these files, and the reference is. When the API changes on purpose, the failure
-# prints what belongs into the file.
+# Other programs are generated from these files. When the API changes on purpose, the failure prints
+# what belongs into the file.
 
 import re
 from difflib import unified_diff
@@ -65,6 +66,7 @@ with subtest("a store is as described"):
 
 with subtest("the object manager lists what it should"):
     objects = machine.succeed(
-        "busctl call org.layeredstores1 /org/layeredstores1 org.freedesktop.DBus.ObjectManager GetManagedObjects"
+        "busctl call org.layeredstores1 /org/layeredstores1"
+        " org.freedesktop.DBus.ObjectManager GetManagedObjects"
     )
     assert "/org/layeredstores1/store/example" in objects, objects

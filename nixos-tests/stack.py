@@ -266,3 +266,35 @@ with subtest("A bottom whose layers change takes the top down with it, and up ag
     machine.succeed("layered-stores reload", timeout=60)
     machine.succeed("layered-stores wait bottom top --timeout 30")
     machine.succeed(f"test -e {TOP}/{between}", f"nix path-info --store {top} {built}")
+
+with subtest("A top that is in use is waited for, and nothing is pulled from under it"):
+    machine.succeed(
+        "systemd-run --quiet --unit=squatter --service-type=notify -p NotifyAccess=all /bin/sh -c "
+        f"'cd {TOP}; systemd-notify --ready --pid=parent; exec sleep infinity'"
+    )
+    configure(moved)
+    machine.succeed("layered-stores reload", timeout=60)
+    t.assertEqual(states(), ["active", "active"])
+    t.assertEqual(text("bottom", "upper-layer"), "/srv/bottom/upper")
+    t.assertIn("sleep (pid", text("top", "problems"))
+    machine.succeed(f"nix path-info --store {top} {built}", f"cat /srv/top/root{built}")
+    machine.succeed("systemctl stop squatter")
+    retry(lambda _last: text("bottom", "upper-layer") == "/srv/bottom/moved", 60)
+    machine.succeed("layered-stores wait bottom top --timeout 30", "layered-stores status")
+    configure(original)
+    machine.succeed("layered-stores reload", timeout=60)
+    machine.succeed("layered-stores wait bottom top --timeout 30")
+
+with subtest("A top that is put on another lower store lets go of the bottom"):
+    alone = original[original.index("[stores.top]") :].replace("layered:bottom", LOWER)
+    configure(alone)
+    machine.succeed("layered-stores reload", timeout=60)
+    machine.succeed("layered-stores wait top --timeout 30", "layered-stores status")
+    t.assertEqual(text("top", "lower-store-dir"), f"{LOWER}/nix/store")
+    machine.succeed(f"test -e {TOP}/{above} -a -e {TOP}/{below} -a ! -e {TOP}/{between}")
+    t.assertEqual(machine.succeed("layered-stores list"), "top  active\n")
+    t.assertNotIn(BOTTOM, machine.succeed("cat /proc/mounts"))
+    configure(original)
+    machine.succeed("layered-stores reload", timeout=60)
+    machine.succeed("layered-stores wait bottom top --timeout 30")
+    machine.succeed(f"nix path-info --store {top} {built} /nix/store/{between}")
