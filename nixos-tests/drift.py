@@ -264,7 +264,7 @@ with subtest("The lower store grows and shrinks under it"):
 
 
 def replace(directory: str) -> None:
-    """Another directory in its place, as `rsync` and a rename would leave it, with other content."""
+    """Another directory in its place, as `rsync` and a rename leave it, with other content."""
     machine.succeed(
         f"cp -a {directory} {directory}.new",
         f"echo second >{LOWER}.new/nix/store/{PATH}/file"
