@@ -1,6 +1,6 @@
-# Somebody changes what the daemon has made: stops the mount unit, unmounts, mounts over it, remounts
-# it, replaces the lower store. The daemon notices by itself, says so, and repairs what is its own to
-# repair. It never unmounts what it did not mount.
+# Somebody changes what the daemon has made: stops the mount unit, unmounts, mounts over it,
+# remounts it, replaces the lower store. The daemon notices by itself, says so, and repairs what
+# is its own to repair. It never unmounts what it did not mount.
 import json
 import time
 from typing import Any
