@@ -149,7 +149,8 @@ with subtest("The bus refuses what is not on the list, and nobody else gets the 
             )
         )
         assert "org.freedesktop.DBus.Error.AccessDenied" in output, output
-    request = "busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus RequestName su "
+    bus = "org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus"
+    request = f"busctl call {bus} RequestName su "
     machine.fail(by("alice", f"{request} org.layeredstores1 0"))
     machine.succeed("systemctl stop layered-storesd")
     machine.fail(by("alice", f"{request} org.layeredstores1 0"))
