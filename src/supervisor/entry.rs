@@ -327,7 +327,8 @@ impl Entry {
         let at_goal = match self.want {
             Want::Up => self.next.is_none() && self.phase != Phase::Inactive,
             Want::Down => self.next.is_none() && self.phase != Phase::Active,
-            Want::Gone => false,
+            // Left mounted because it is not ours to unmount.
+            Want::Gone => matches!(self.phase, Phase::Failed { .. }),
         };
         matches!(self.op, None | Some(Op::Refresh)) && (at_goal || self.retry_at.is_some())
     }
