@@ -166,10 +166,19 @@ with subtest("Once that is gone, it is active again, and was never unmounted"):
     states = announced()
     assert states == ["failed", "activating", "active"], states
 
-with subtest("The daemon restarted under a cover comes to the same conclusion"):
-    machine.succeed(f"mount -t tmpfs covering {MERGED}", "systemctl restart layered-storesd")
+with subtest("A daemon that starts under a cover comes to the same conclusion"):
+    machine.succeed(f"mount -t tmpfs covering {MERGED}")
+    machine.succeed("systemctl restart layered-storesd", timeout=20)
     wait_for_state("failed")
     assert list(problems()) == ["covered"], problems()
+    # Even if it should go.
+    machine.succeed(f"mv {CONFIG} /srv/config.toml")
+    for command in ["layered-stores reload", "systemctl restart layered-storesd"]:
+        machine.succeed(command, timeout=20)
+        assert list(problems()) == ["covered"], problems()
+    assert mounts() == ["overlay", "tmpfs"], mounts()
+    machine.succeed(f"mv /srv/config.toml {CONFIG}")
+    machine.succeed("layered-stores reload", timeout=20)
     machine.succeed(f"umount {MERGED}")
     wait_for_state("active")
     is_usable()
@@ -213,10 +222,13 @@ with subtest("What is mounted by hand as it should be is taken over, and left mo
     is_usable()
     # Declared no more, it should go, and who has to see to that is said.
     machine.succeed(f"mv {CONFIG} /srv/config.toml")
-    machine.execute("layered-stores reload")
-    assert list(problems()) == ["not-ours"], problems()
-    assert f"`umount {MERGED}`" in problems()["not-ours"], problems()
-    assert mount_id() == found
+    for command in ["layered-stores reload", "systemctl restart layered-storesd"]:
+        # Neither waits for that.
+        machine.succeed(command, timeout=20)
+        assert status()["state"] == "failed", status()
+        assert list(problems()) == ["not-ours"], problems()
+        assert f"`umount {MERGED}`" in problems()["not-ours"], problems()
+        assert mount_id() == found
     machine.succeed(f"mv /srv/config.toml {CONFIG}", "layered-stores reload")
     is_usable()
     assert mount_id() == found

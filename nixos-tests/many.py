@@ -132,8 +132,8 @@ with subtest("So does a crash"):
     pid = machine.get_unit_property("layered-storesd.service", "MainPID")
     machine.succeed("systemctl kill --signal=KILL layered-storesd")
     machine.wait_until_succeeds(
-        "systemctl is-active --quiet layered-storesd && "
-        f"test $(systemctl show -P MainPID layered-storesd) != {pid}",
+        f"new=$(systemctl show -P MainPID layered-storesd); test $new != 0; test $new != {pid}; "
+        "systemctl is-active --quiet layered-storesd",
         timeout=60,
     )
     all_active(range(200))

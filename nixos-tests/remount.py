@@ -431,15 +431,22 @@ while not os.path.exists("/run/swapped"):
             sys.exit(f"{{file}} is not listed")
 print(opened)
 """
+# rename(2) looks two paths up, and between the two there may be a swap. That cannot be helped, and
+# Nix, as everybody who moves files, is prepared for EXDEV (moveFile() of libutil).
 WRITER = f"""
-import os, sys
+import errno, os
 written = 0
 while not os.path.exists("/run/swapped"):
     directory = f"{MERGED}/tmp-{{written}}"
     os.mkdir(directory)
     with open(f"{{directory}}/file", "w") as file:
         file.write("x")
-    os.rename(f"{{directory}}/file", f"{{directory}}/renamed")
+    try:
+        os.rename(f"{{directory}}/file", f"{{directory}}/renamed")
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        os.rename(f"{{directory}}/file", f"{{directory}}/renamed")
     os.unlink(f"{{directory}}/renamed")
     os.rmdir(directory)
     written += 1
