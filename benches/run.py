@@ -100,6 +100,9 @@ def stop_everything(machine: Machine) -> None:
     )
     machine.wait_until_succeeds("! grep -q '^overlay ' /proc/mounts")
     machine.wait_until_succeeds('test -z "$(systemctl list-jobs --no-legend)"')
+    # systemd notices an unmount up to a second later; who starts the unit before that has to wait.
+    units = "systemctl list-units --no-legend 'var-lib-layered*.mount' 'srv-plain*.mount'"
+    machine.wait_until_succeeds(f'test -z "$({units})"')
 
 
 def configure(machine: Machine, number: int) -> None:

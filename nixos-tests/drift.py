@@ -289,6 +289,17 @@ with subtest("The lower store directory is replaced by another one"):
     machine.wait_until_succeeds(f"grep first {MERGED}/{PATH}/file", timeout=10)
     is_usable()
 
+with subtest("A directory above it is replaced: a remount makes the store see that"):
+    machine.succeed(
+        f"cp -a {LOWER} {LOWER}.new",
+        f"echo second >{LOWER}.new/nix/store/{PATH}/file",
+        f"mv {LOWER} {LOWER}.old && mv {LOWER}.new {LOWER}",
+    )
+    machine.succeed("layered-stores remount ci", f"grep second {MERGED}/{PATH}/file")
+    machine.succeed(f"rm -r {LOWER} && mv {LOWER}.old {LOWER}")
+    machine.succeed("layered-stores remount ci", f"grep first {MERGED}/{PATH}/file")
+    is_usable()
+
 with subtest("The lower store is gone for a while"):
     machine.succeed("layered-stores stop ci", f"mv {LOWER} {LOWER}.away")
     output = machine.fail("layered-stores start ci 2>&1")

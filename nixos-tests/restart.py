@@ -113,10 +113,11 @@ TALK = "sendmsg recvmsg"
 SWAP = "fspick fsopen fsconfig fsmount move_mount umount2"
 
 # doomed.service is the daemon as it is, hardening included, under a strace that kills it. strace
-# needs ptrace(2), which the filter of system calls is there to keep away from the daemon.
+# needs ptrace(2), which the filter of system calls is there to keep away from the daemon, and does
+# not reload anything.
 machine.succeed(
     r"""
-    sed -e '/^BusName=/d; /^SystemCallFilter=/d; s/^Restart=.*/Restart=no/' \
+    sed -e '/^BusName=/d; /^SystemCallFilter=/d; s/^Restart=.*/Restart=no/; s/^Type=.*/Type=notify/' \
         -e 's|^ExecStart=|&strace -f -qq -o /dev/null $KILL |' \
         -e '/^\[Service\]/a NotifyAccess=all\nEnvironmentFile=/run/doomed' \
         "$(systemctl show -P FragmentPath layered-storesd)" >/run/systemd/system/doomed.service

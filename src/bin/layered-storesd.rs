@@ -129,8 +129,12 @@ async fn serve(settings: Settings) -> Result<()> {
         while events.recv_many(&mut batch, 256).await > 0 {
             let mut settled = None;
             for event in batch.drain(..) {
-                if let Event::Settled { summary } = &event {
-                    settled = Some(summary.clone());
+                match &event {
+                    Event::Settled { summary } => settled = Some(summary.clone()),
+                    // More than a courtesy: PID 1 of systemd 257 sometimes falls asleep over a burst of calls, with calls read
+                    // and not carried out, until anything else wakes it.
+                    Event::Progress { summary } => notify(&[NotifyState::Status(summary)]),
+                    _ => {}
                 }
                 publisher.publish(event).await?;
             }

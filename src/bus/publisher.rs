@@ -79,7 +79,7 @@ impl Publisher {
                 self.changed.remove(&name);
                 self.connection.object_server().remove::<Store, _>(store_path(&name)).await?;
             }
-            Event::Settled { .. } => {}
+            Event::Progress { .. } | Event::Settled { .. } => {}
         }
         Ok(())
     }

@@ -131,6 +131,11 @@ impl Fingerprint {
         };
         Ok(Self { upper: stamp(&layers.upper)?, lower: stamp(&layers.lower)? })
     }
+
+    /// Whether the lower directory is the one it was. A superblock goes on with the one it was made of.
+    pub fn has_lower_of(&self, other: &Self) -> bool {
+        (self.lower.device, self.lower.inode) == (other.lower.device, other.lower.inode)
+    }
 }
 
 /// Drops the unused directory entries of the overlay mounted at `merged`, in every mount namespace at once.

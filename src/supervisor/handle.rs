@@ -43,6 +43,11 @@ pub enum Event {
     },
     /// A store is gone.
     Removed(StoreName),
+    /// A start or a reload is under way.
+    Progress {
+        /// How many stores are active so far.
+        summary: String,
+    },
     /// All stores are where they should be or were given up on, for the first time since the start or a reload.
     Settled {
         /// One line for people.

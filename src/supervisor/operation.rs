@@ -160,7 +160,7 @@ pub(super) async fn release(tools: Tools, spec: Arc<StoreSpec>, forget: bool) ->
     .await
 }
 
-/// Refreshes a store's merged view. `kept` is the fingerprint that is on record.
+/// Refreshes a store's merged view. `kept` is the fingerprint on record, if this run of the daemon has put it there.
 pub(super) async fn refresh(
     tools: Tools,
     spec: Arc<StoreSpec>,
@@ -169,6 +169,11 @@ pub(super) async fn refresh(
     kept: Option<Fingerprint>,
 ) -> Result<Report, OperationError> {
     blocking(move || {
+        // No watch tells that a directory above the lower one was replaced; whoever asks for a refresh finds out.
+        let on_record = kept.or_else(|| tools.records.fingerprint(&spec.name));
+        let now = Fingerprint::of(&spec.layers).ok();
+        let is_other = on_record.zip(now).is_some_and(|(then, now)| !now.has_lower_of(&then));
+        let (changes, from) = if is_other { (Changes::unknown(), Rung::Swap) } else { (changes, from) };
         if changes.unknown || from == Rung::Swap {
             // A layer may have been replaced by another directory. That it goes unwatched was reported when it was mounted.
             let _ = tools.watches.add(&spec.name, &spec.layers);

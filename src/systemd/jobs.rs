@@ -34,6 +34,10 @@ const CALLS: usize = 100;
 const SETTLE_ATTEMPTS: u32 = 100;
 const SETTLE_PAUSE: Duration = Duration::from_millis(100);
 
+/// How often a unit of the same name has to be met before it counts as somebody else's. One of ours that systemd was about
+/// to unload loses its file between the call and the look at it.
+const FOREIGN_ATTEMPTS: u32 = 3;
+
 /// What came of a job (`result` of `JobRemoved`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JobResult {
@@ -169,7 +173,7 @@ impl Units {
                 Err(error) => error,
             };
             let exists = is_named(&source, "org.freedesktop.systemd1.UnitExists");
-            if exists && !mount_unit::is_transient(unit) {
+            if exists && attempt >= FOREIGN_ATTEMPTS && !mount_unit::is_transient(unit) {
                 return Err(UnitError::Exists(unit.clone()));
             }
             // A stop is under way, of the unit or of the whole machine.

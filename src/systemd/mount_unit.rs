@@ -16,7 +16,11 @@ const TRANSIENT_UNITS: &str = "/run/systemd/transient";
 /// The properties `StartTransientUnit` is given for a store.
 pub(super) fn properties(spec: &StoreSpec) -> Properties<'static> {
     let layers = &spec.layers;
-    let requires: Vec<String> = [&layers.lower, &layers.upper, &layers.work].map(ToString::to_string).into();
+    // The upper layer is no mount point, and the work dir is on the same mount. Where the mount point's own parents lead
+    // there as well, nothing more is needed; each path costs PID 1 a dependency for every directory on the way.
+    let upper = layers.upper.as_path().parent().filter(|parent| !layers.merged.as_path().starts_with(parent));
+    let requires = [Some(layers.lower.as_path()), upper];
+    let requires: Vec<String> = requires.into_iter().flatten().map(|path| path.display().to_string()).collect();
     vec![
         ("Description", Variant::from(format!("Layered Nix store {}", spec.name))),
         ("What", Variant::from("overlay")),

@@ -33,8 +33,11 @@ use crate::{
 /// How long the engine gathers news before it looks at the mount table: with a thousand mounts, a look costs a
 /// millisecond, and in a burst of operations most of the looks would be in vain.
 const GATHER: Duration = Duration::from_millis(2);
-const GATHER_IN_BURST: Duration = Duration::from_millis(20);
+const GATHER_IN_BURST: Duration = Duration::from_millis(100);
 const BURST: usize = 8;
+
+/// How often it is told how far a start or a reload has come.
+const PROGRESS: Duration = Duration::from_millis(100);
 
 /// What a daemon is told when it starts.
 #[derive(Clone, Debug)]
@@ -120,12 +123,17 @@ impl Engine {
         let inotify = host::readiness(watches.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
         let mut tick = tokio::time::interval(alive_every.unwrap_or(Duration::from_secs(3600)) / 2);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut progress = tokio::time::interval(PROGRESS);
+        progress.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tokio::pin!(stop);
         loop {
             let deadline = self.deadline();
             tokio::select! {
                 () = &mut stop => break,
                 _ = tick.tick() => alive(),
+                _ = progress.tick(), if self.settling && !self.operations.is_empty() => {
+                    let _ = self.events.send(Event::Progress { summary: self.summary() });
+                }
                 command = self.commands.recv() => match command {
                     Some(command) => self.command(command),
                     None => break,
