@@ -4,6 +4,7 @@
 //! same way. Every mistake in a text is reported, not only the first.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     ops::Range,
     path::{Path, PathBuf},
@@ -14,7 +15,10 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use crate::store::{AbsolutePath, Conflict, Declaration, Ownership, StoreName, StoreSpec, nearest, stack};
+use crate::store::{
+    AbsolutePath, Conflict, Declaration, Ephemeral, EphemeralSize, MAX_SOCKET_PATH_LEN, MountOption, NixDaemon,
+    Ownership, StoreName, StoreSpec, nearest, refuse_setting, refuse_user, stack,
+};
 
 /// Where the configuration is read from when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/layered-stores/config.toml";
@@ -22,9 +26,27 @@ pub const DEFAULT_PATH: &str = "/etc/layered-stores/config.toml";
 /// Where stores keep what the configuration gives no place of its own.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/layered-stores";
 
+/// Where notes are kept until the next boot.
+pub const DEFAULT_RUNTIME_DIR: &str = "/run/layered-stores";
+
 /// The keys of `[stores.NAME]`.
-const STORE_KEYS: [&str; 9] =
-    ["lower-store", "root", "upper-layer", "work-dir", "owner", "group", "mode", "required", "autostart"];
+const STORE_KEYS: [&str; 12] = [
+    "lower-store",
+    "root",
+    "upper-layer",
+    "work-dir",
+    "owner",
+    "group",
+    "mode",
+    "required",
+    "autostart",
+    "mount-options",
+    "ephemeral-size",
+    "daemon",
+];
+
+/// The keys of `[stores.NAME.daemon]`.
+const DAEMON_KEYS: [&str; 5] = ["socket-path", "socket-mode", "allowed-users", "trusted-users", "settings"];
 
 /// What a configuration's defaults are made from.
 #[derive(Clone, Debug)]
@@ -140,7 +162,7 @@ impl Reader<'_> {
         let mut places = Vec::new();
         for (key, value) in document {
             if key.get_ref() != "stores" {
-                self.unknown_key(None, key, &["stores"]);
+                self.unknown_key(None, "", key, &["stores"]);
             } else if let Some(stores) = value.get_ref().as_table() {
                 for (name, value) in stores {
                     if let Some((declaration, place)) = self.store(name, value) {
@@ -190,9 +212,9 @@ impl Reader<'_> {
             return None;
         };
         for (key, _) in table.iter().filter(|(key, _)| !STORE_KEYS.contains(&&**key.get_ref())) {
-            self.unknown_key(Some(store), key, &STORE_KEYS);
+            self.unknown_key(Some(store), "", key, &STORE_KEYS);
         }
-        let mut fields = Fields { reader: self, store, table };
+        let mut fields = Fields { reader: self, store, table, within: "" };
         let lower_store = fields.parsed("lower-store");
         if table.get("lower-store").is_none() {
             let message = "key \"lower-store\" is missing; name the store underneath, for example \"daemon\"";
@@ -205,11 +227,17 @@ impl Reader<'_> {
             Ownership { owner: fields.account("owner"), group: fields.account("group"), mode: fields.mode() };
         let required = fields.flag("required");
         let autostart = fields.flag("autostart");
+        let mount_options = fields.list("mount-options", |text| text.parse::<MountOption>().map_err(|e| e.to_string()));
+        let ephemeral = fields.ephemeral();
+        let daemon = table.get("daemon").and_then(|value| self.daemon(store, value));
         let Ok(store) = parsed else { return None };
         if self.diagnostics.len() > mistakes {
             return None;
         }
-        let keys = table.iter().map(|(key, value)| (key.get_ref().to_string(), value.span())).collect();
+        let mut keys: Vec<_> = table.iter().map(|(key, value)| (key.get_ref().to_string(), value.span())).collect();
+        if let Some(daemon) = table.get("daemon").and_then(|value| value.get_ref().as_table()) {
+            keys.extend(daemon.iter().map(|(key, value)| (format!("daemon.{}", key.get_ref()), value.span())));
+        }
         Some((
             Declaration {
                 name: store.clone(),
@@ -220,18 +248,54 @@ impl Reader<'_> {
                 ownership,
                 required,
                 autostart,
+                mount_options: mount_options.unwrap_or_default(),
+                ephemeral,
+                daemon,
             },
             Places { name: store, store: name.span(), keys },
         ))
     }
 
-    fn unknown_key(&mut self, store: Option<&str>, key: &Spanned<std::borrow::Cow<'_, str>>, valid: &[&str]) {
+    /// The table of a store's Nix daemon. `None` after a mistake, which was reported.
+    fn daemon(&mut self, store: &str, value: &Spanned<DeValue<'_>>) -> Option<NixDaemon> {
+        let Some(table) = value.get_ref().as_table() else {
+            let found = kind(value.get_ref());
+            self.report(value.span(), format!("store {store:?}: daemon: a table is expected here, not {found}"));
+            return None;
+        };
+        for (key, _) in table.iter().filter(|(key, _)| !DAEMON_KEYS.contains(&&**key.get_ref())) {
+            self.unknown_key(Some(store), "daemon.", key, &DAEMON_KEYS);
+        }
+        let mut fields = Fields { reader: self, store, table, within: "daemon." };
+        let socket_path = fields.socket_path();
+        let socket_mode = fields.socket_mode();
+        let user = |text: &str| refuse_user(text).map_or_else(|| Ok(text.to_owned()), Err);
+        let allowed_users = fields.list("allowed-users", user);
+        let trusted_users = fields.list("trusted-users", user);
+        let settings = fields.settings();
+        Some(NixDaemon {
+            socket_path: socket_path?,
+            socket_mode: socket_mode.unwrap_or(0o666),
+            allowed_users: allowed_users.unwrap_or_else(|| vec!["*".to_owned()]),
+            trusted_users: trusted_users.unwrap_or_else(|| vec!["root".to_owned()]),
+            settings,
+        })
+    }
+
+    fn unknown_key(
+        &mut self,
+        store: Option<&str>,
+        within: &str,
+        key: &Spanned<std::borrow::Cow<'_, str>>,
+        valid: &[&str],
+    ) {
         let place = store.map(|store| format!("store {store:?}: ")).unwrap_or_default();
         let hint = match nearest(key.get_ref(), valid.iter().copied()) {
             Some(nearest) => format!("did you mean {nearest:?}?"),
             None => format!("the keys are {}", valid.join(", ")),
         };
-        self.report(key.span(), format!("{place}unknown key {:?}; {hint}", key.get_ref()));
+        let key_name = format!("{within}{}", key.get_ref());
+        self.report(key.span(), format!("{place}unknown key {key_name:?}; {hint}"));
     }
 
     fn report(&mut self, span: Range<usize>, message: String) {
@@ -245,11 +309,13 @@ impl Reader<'_> {
     }
 }
 
-/// The values of one store's table.
+/// The values of one store's table, or of a table in it.
 struct Fields<'r, 'a, 't> {
     reader: &'r mut Reader<'a>,
     store: &'r str,
     table: &'r DeTable<'t>,
+    /// What is written in front of a key in messages.
+    within: &'static str,
 }
 
 impl Fields<'_, '_, '_> {
@@ -286,6 +352,107 @@ impl Fields<'_, '_, '_> {
             self.reader.report(0..0, message);
         })
         .ok()
+    }
+
+    /// A list of texts, each through `read`; `None` when it is not given.
+    fn list<T>(&mut self, key: &str, read: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
+        let value = self.table.get(key)?;
+        let Some(array) = value.get_ref().as_array() else {
+            self.wrong_type(key, value, "a list of strings");
+            return None;
+        };
+        let mut list = Vec::with_capacity(array.len());
+        for element in array {
+            match element.get_ref().as_str().map(&read) {
+                Some(Ok(read)) => list.push(read),
+                Some(Err(why)) => {
+                    let message = format!("store {:?}: {}{key}: {why}", self.store, self.within);
+                    self.reader.report(element.span(), message);
+                }
+                None => self.wrong_type(key, element, "a string"),
+            }
+        }
+        Some(list)
+    }
+
+    /// The filesystem of an ephemeral store, which holds all of its directories.
+    fn ephemeral(&mut self) -> Option<Ephemeral> {
+        self.table.get("ephemeral-size")?;
+        let size = self.parsed::<EphemeralSize>("ephemeral-size");
+        for key in ["root", "upper-layer", "work-dir"] {
+            if let Some((text, span)) = self.table.get(key).and_then(|_| self.text(key)) {
+                let why = "an ephemeral store has all of its directories on a filesystem of its own; take this away, or \
+                           ephemeral-size";
+                self.refuse(key, &text, span, &why);
+            }
+        }
+        let directory = self.reader.defaults.state_dir.join(&format!("stores/{}", self.store)).ok()?;
+        Some(Ephemeral { directory, size: size? })
+    }
+
+    fn socket_path(&mut self) -> Option<AbsolutePath> {
+        let Some((text, span)) = self.text("socket-path") else {
+            // What is no text was reported, and what is no name makes no default.
+            let name = self.store.parse().ok().filter(|_| self.table.get("socket-path").is_none())?;
+            return NixDaemon::default_socket_path(&name).parse().ok();
+        };
+        let length = text.len();
+        let path = text.parse::<AbsolutePath>().map_err(|error| error.to_string()).and_then(|path| {
+            let too_long =
+                || format!("the path is {length} bytes long; a Unix socket's has at most {MAX_SOCKET_PATH_LEN}");
+            if length > MAX_SOCKET_PATH_LEN { Err(too_long()) } else { Ok(path) }
+        });
+        path.map_err(|why| self.refuse("socket-path", &text, span, &why)).ok()
+    }
+
+    fn socket_mode(&mut self) -> Option<u32> {
+        let (text, span) = self.text("socket-mode")?;
+        let is_mode = (3..=4).contains(&text.len()) && text.bytes().all(|byte| (b'0'..=b'7').contains(&byte));
+        if is_mode {
+            return u32::from_str_radix(&text, 8).ok();
+        }
+        self.refuse("socket-mode", &text, span, &"a mode is three or four octal digits, such as \"0666\"");
+        None
+    }
+
+    /// Settings of Nix, each as nix.conf(5) has it.
+    fn settings(&mut self) -> BTreeMap<String, String> {
+        let mut settings = BTreeMap::new();
+        let Some(value) = self.table.get("settings") else { return settings };
+        let Some(table) = value.get_ref().as_table() else {
+            self.wrong_type("settings", value, "a table");
+            return settings;
+        };
+        for (key, value) in table {
+            let name = key.get_ref().as_ref();
+            let text = match value.get_ref() {
+                DeValue::String(text) => Some(text.to_string()),
+                DeValue::Boolean(flag) => Some(flag.to_string()),
+                DeValue::Integer(number) => {
+                    i64::from_str_radix(number.as_str(), number.radix()).ok().map(|n| n.to_string())
+                }
+                DeValue::Array(array) => {
+                    let words: Option<Vec<&str>> = array.iter().map(|word| word.get_ref().as_str()).collect();
+                    words.map(|words| words.join(" "))
+                }
+                _ => None,
+            };
+            let refused = match &text {
+                Some(text) => refuse_setting(name, text).map(str::to_owned),
+                None => Some(format!(
+                    "a string, an integer, true, false or a list of strings is expected here, not {}",
+                    kind(value.get_ref())
+                )),
+            };
+            match refused {
+                Some(why) => {
+                    let message = format!("store {:?}: daemon.settings.{name}: {why}", self.store);
+                    self.reader.report(value.span(), message);
+                }
+                None => drop(settings.insert(name.to_owned(), text.unwrap_or_default())),
+            }
+        }
+        settings
     }
 
     /// A user's or group's name or number. Whether it exists only the machine can tell.
@@ -326,12 +493,13 @@ impl Fields<'_, '_, '_> {
     }
 
     fn refuse(&mut self, key: &str, value: &str, span: Range<usize>, why: &dyn fmt::Display) {
-        self.reader.report(span, format!("store {:?}: {key} = {value:?}: {why}", self.store));
+        let message = format!("store {:?}: {}{key} = {value:?}: {why}", self.store, self.within);
+        self.reader.report(span, message);
     }
 
     fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, expected: &str) {
         let found = kind(value.get_ref());
-        let message = format!("store {:?}: {key}: {expected} is expected here, not {found}", self.store);
+        let message = format!("store {:?}: {}{key}: {expected} is expected here, not {found}", self.store, self.within);
         self.reader.report(value.span(), message);
     }
 }
@@ -392,7 +560,40 @@ mod tests {
             (
                 "[stores.ci]\nlower-store = \"/l\"\nquota = 1\n",
                 "3:1: store \"ci\": unknown key \"quota\"; the keys are lower-store, root, upper-layer, work-dir, \
-                 owner, group, mode, required, autostart",
+                 owner, group, mode, required, autostart, mount-options, ephemeral-size, daemon",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nmount-options = [\"ro\"]\n",
+                "3:18: store \"ci\": mount-options: \"ro\" is not among the mount options that can be chosen: noatime, \
+                 nodiratime, relatime, strictatime, noexec",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nephemeral-size = \"2GB\"\n",
+                "3:18: store \"ci\": ephemeral-size = \"2GB\": a size is a number of bytes, with K, M, G or T behind it for \
+                 powers of 1024, or a part of the memory from \"1%\" to \"100%\"",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nephemeral-size = \"2G\"\nroot = \"/r\"\n",
+                "4:8: store \"ci\": root = \"/r\": an ephemeral store has all of its directories on a filesystem of its \
+                 own; take this away, or ephemeral-size",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\n[stores.ci.daemon]\nsocket-pth = \"/s\"\n",
+                "4:1: store \"ci\": unknown key \"daemon.socket-pth\"; did you mean \"socket-path\"?",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\n[stores.ci.daemon]\nallowed-users = [\"a b\"]\n",
+                "4:18: store \"ci\": daemon.allowed-users: \"a b\" is not a user's name, a group's as \"@group\", or \"*\" for \
+                 everybody",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\ndaemon.settings.store = \"daemon\"\n",
+                "3:25: store \"ci\": daemon.settings.store: the daemon is given its store by itself; take the setting away",
+            ),
+            (
+                "[stores.a]\nlower-store = \"/l\"\ndaemon.socket-path = \"/s\"\n[stores.b]\nlower-store = \"/l\"\ndaemon.socket-path = \"/s\"\n",
+                "6:22: store \"b\": daemon.socket-path = \"/s\": it is also the socket of store \"a\"; give each a socket of its \
+                 own",
             ),
             (
                 "[stores.ci]\n",

@@ -108,13 +108,14 @@ fn difference(old: &Status, new: &Status) -> HashMap<&'static str, Variant<'stat
 }
 
 /// The properties that may change in a store's life.
-fn changing_properties(status: &Status) -> [(&'static str, Variant<'static>); 17] {
+fn changing_properties(status: &Status) -> [(&'static str, Variant<'static>); 18] {
     let spec = &status.spec;
     [
         ("State", Variant::from(status.state.to_string())),
         ("StateReason", Variant::from(status.state_reason.clone())),
         ("Problems", Variant::from(problems(status))),
         ("StoreUri", Variant::from(spec.uri())),
+        ("DaemonUri", Variant::from(spec.daemon_uri().unwrap_or_default())),
         ("LowerStore", Variant::from(spec.lower_store.to_string())),
         ("LowerStoreDir", Variant::from(spec.layers.lower.to_string())),
         ("UpperLayer", Variant::from(spec.layers.upper.to_string())),

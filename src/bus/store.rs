@@ -97,6 +97,12 @@ impl Store {
         self.cell.read(|status| status.spec.uri())
     }
 
+    /// The URL under which the store's own Nix daemon is used; empty when none is declared.
+    #[zbus(property)]
+    fn daemon_uri(&self) -> String {
+        self.cell.read(|status| status.spec.daemon_uri().unwrap_or_default())
+    }
+
     /// The lower store as the configuration names it.
     #[zbus(property)]
     fn lower_store(&self) -> String {

@@ -48,6 +48,9 @@ pub enum Command {
     Uri {
         /// The store
         name: StoreName,
+        /// The URL of the store's own Nix daemon, which may be used by others than root and the store's owner
+        #[arg(long)]
+        daemon: bool,
     },
     /// Bring stores up, and those they lie on
     Start {
@@ -105,6 +108,12 @@ pub enum Command {
         #[arg(last = true)]
         command: Vec<OsString>,
     },
+    /// Become the Nix daemon of a store; layered-stores-nix-daemon@.service runs this
+    #[command(hide = true)]
+    NixDaemon {
+        /// The store
+        name: StoreName,
+    },
     /// Write the manual pages into a directory
     #[command(hide = true)]
     GenerateMan {
@@ -134,11 +143,11 @@ pub struct DaemonArguments {
     pub state_dir: AbsolutePath,
 
     /// Where notes are kept until the next boot
-    #[arg(long, value_name = "DIRECTORY", default_value = "/run/layered-stores")]
+    #[arg(long, value_name = "DIRECTORY", default_value = config::DEFAULT_RUNTIME_DIR)]
     pub runtime_dir: PathBuf,
 
     /// The executable Nix calls when a store has to be refreshed [default: beside this one]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "LAYERED_STORES_REMOUNT_HOOK")]
     pub remount_hook: Option<AbsolutePath>,
 }
 

@@ -51,6 +51,7 @@ pub(super) struct Properties {
     #[serde(serialize_with = "problems")]
     pub(super) problems: Vec<(String, String)>,
     pub(super) store_uri: String,
+    pub(super) daemon_uri: String,
     pub(super) lower_store: String,
     pub(super) lower_store_dir: String,
     pub(super) upper_layer: String,

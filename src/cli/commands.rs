@@ -2,11 +2,12 @@
 
 use std::{
     io::{self, Write as _},
+    os::unix::process::CommandExt as _,
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use serde::Serialize;
 use serde_json::json;
 
@@ -17,8 +18,9 @@ use super::{
     generate, render, usage,
 };
 use crate::{
-    config::{self, Defaults},
+    config::{self, DEFAULT_RUNTIME_DIR, Defaults},
     store::{AbsolutePath, StoreName},
+    supervisor::nix_conf,
 };
 
 /// There are problems with what was looked at.
@@ -35,8 +37,12 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::List { json } => list(json).await,
         Command::Status { name, json } => status(name, json).await,
-        Command::Uri { name } => {
-            print(&format!("{}\n", Client::connect().await?.status(&name).await?.store_uri))?;
+        Command::Uri { name, daemon } => {
+            let store = Client::connect().await?.status(&name).await?;
+            if daemon && store.daemon_uri.is_empty() {
+                bail!("store {0:?} has no Nix daemon of its own; declare one with [stores.{0}.daemon]", name.as_str());
+            }
+            print(&format!("{}\n", if daemon { store.daemon_uri } else { store.store_uri }))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Start { names } => {
@@ -57,6 +63,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
             let store = Client::connect().await?.status(&name).await?;
             Err(enter(&store, command).into())
         }
+        Command::NixDaemon { name } => Err(nix_daemon(&name)),
         Command::GenerateMan { directory } => {
             generate::man(&directory).context("cannot write the manual pages")?;
             Ok(ExitCode::SUCCESS)
@@ -167,6 +174,28 @@ async fn wait(names: &[StoreName], timeout: Duration) -> Result<ExitCode> {
     }
 }
 
+/// Replaces this process by the Nix daemon of a store. Returns only when that fails.
+fn nix_daemon(name: &StoreName) -> anyhow::Error {
+    let settings = nix_conf(std::path::Path::new(DEFAULT_RUNTIME_DIR), name);
+    if let Err(error) = std::fs::File::open(&settings) {
+        let path = settings.display();
+        return match error.kind() {
+            io::ErrorKind::NotFound => anyhow!(
+                "store {:?} has no Nix daemon; declare one with [stores.{name}.daemon], and start the store",
+                name.as_str()
+            ),
+            _ => anyhow!("cannot read {path}: {error}; this is for layered-stores-nix-daemon@{name}.service, as root"),
+        };
+    }
+    let error = std::process::Command::new("nix-daemon")
+        .arg("--daemon")
+        // The machine's own nix.conf counts as well, and less than this.
+        .env("NIX_USER_CONF_FILES", &settings)
+        .env_remove("NIX_REMOTE")
+        .exec();
+    anyhow!("cannot run nix-daemon: {error}; install Nix, or put it on the PATH of the service")
+}
+
 fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> Result<ExitCode> {
     if !file.exists() {
         bail!("there is no configuration {}; a daemon started with it would have no stores", file.display());
@@ -192,6 +221,7 @@ fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> 
                 "real-store-dir": spec.layers.merged,
                 "state-dir": spec.state_dir,
                 "mount-unit": spec.mount_unit,
+                "daemon-uri": spec.daemon_uri(),
                 "required": spec.required,
                 "autostart": spec.autostart,
             })

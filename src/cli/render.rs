@@ -53,6 +53,9 @@ pub(super) fn one(store: &Properties, usage: Option<Usage>) -> String {
     line("upper layer", &format!("{}{held}", store.upper_layer));
     line("real store dir", &store.real_store_dir);
     line("mount unit", &store.mount_unit);
+    if !store.daemon_uri.is_empty() {
+        line("nix daemon", &store.daemon_uri);
+    }
     line("refreshed", &refreshed(store, SystemTime::now()));
     if !store.declared {
         line("declared", "no: it is taken down and forgotten, its data stays");

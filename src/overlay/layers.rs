@@ -18,7 +18,8 @@ use rustix::{
     io::Errno,
 };
 
-use crate::store::{AbsolutePath, Ownership, StoreSpec};
+use super::{context::ContextError, ephemeral};
+use crate::store::{AbsolutePath, EphemeralSize, Ownership, StoreSpec};
 
 /// Why a store's directories cannot be used. Nothing was mounted.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +121,46 @@ pub enum LayersError {
          two overlays on one upper layer corrupt it, so this store stays down until the other is stopped"
     )]
     Locked(AbsolutePath),
+    /// The directory of an ephemeral store's filesystem holds files that the mount would hide.
+    #[error(
+        "ephemeral-size: {directory} is not empty (it holds {example:?}), most likely from when the store was not ephemeral; \
+         move it away, or take ephemeral-size away"
+    )]
+    NotEphemeralYet {
+        /// The directory.
+        directory: AbsolutePath,
+        /// One of its entries.
+        example: String,
+    },
+    /// A store that is ephemeral no more would go on in memory.
+    #[error(
+        "upper-layer: {upper} is in memory still, from when the store was ephemeral; copy what is needed out of {directory}, \
+         then run `umount {directory}`"
+    )]
+    StillEphemeral {
+        /// The upper layer.
+        upper: AbsolutePath,
+        /// Where the filesystem in memory is mounted.
+        directory: AbsolutePath,
+    },
+    /// The filesystem in memory could not be made, or not given the size.
+    #[error("ephemeral-size = \"{size}\": cannot make the filesystem at {directory}: {error}")]
+    Filesystem {
+        /// Where it is to be.
+        directory: AbsolutePath,
+        /// How large.
+        size: EphemeralSize,
+        /// The kernel's answer.
+        error: ContextError,
+    },
+    /// The mount table could not be read.
+    #[error("{key}: cannot read the mount table: {source}")]
+    MountTable {
+        /// The configuration's key.
+        key: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
     /// A system call failed.
     #[error("{key}: {doing} {at}: {errno}")]
     Sys {
@@ -164,6 +205,14 @@ const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 pub fn prepare(spec: &StoreSpec) -> Result<UpperLock, LayersError> {
     let owner = resolve_owner(&spec.ownership)?;
     check_lower(&spec.layers.lower)?;
+    match &spec.ephemeral {
+        Some(wanted) => ephemeral::ensure(wanted)?,
+        None => {
+            if let Some(directory) = ephemeral::left_over(&spec.layers.upper)? {
+                return Err(LayersError::StillEphemeral { upper: spec.layers.upper.clone(), directory });
+            }
+        }
+    }
     let upper = make_upper(spec, owner)?;
     let lock = lock_upper(upper, &spec.layers.upper)?;
     prepare_root(spec, owner)?;
@@ -365,12 +414,12 @@ fn set_immutable(dir: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
 }
 
 /// Opens a directory for reading that is only referred to (`O_PATH`) so far.
-fn readable(dir: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+pub(super) fn readable(dir: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(dir, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// A walk from the root directory to a configured path.
-struct Walk {
+pub(super) struct Walk {
     /// The configuration's key, for messages.
     key: &'static str,
     /// Who may own directories on the way, besides root.
@@ -380,12 +429,17 @@ struct Walk {
 }
 
 impl Walk {
+    /// A walk that makes directories, through those of root alone.
+    pub(super) fn of_root(key: &'static str) -> Self {
+        Self { key, owner: Uid::from_raw(0), create: true }
+    }
+
     fn sys(&self, doing: &'static str, at: &str, errno: Errno) -> LayersError {
         LayersError::Sys { key: self.key, doing, at: at.to_owned(), errno }
     }
 
     /// The directory at `path`.
-    fn to(&self, path: &AbsolutePath) -> Result<OwnedFd, LayersError> {
+    pub(super) fn to(&self, path: &AbsolutePath) -> Result<OwnedFd, LayersError> {
         let (parent, name) = self.to_parent(path)?;
         self.step(&parent, name, path.as_str())
     }
@@ -448,7 +502,7 @@ impl Walk {
     }
 
     /// The directory at `path`, refused with `EBUSY` if something is mounted there.
-    fn open_unmounted(&self, path: &AbsolutePath) -> Result<OwnedFd, LayersError> {
+    pub(super) fn open_unmounted(&self, path: &AbsolutePath) -> Result<OwnedFd, LayersError> {
         let (parent, name) = Walk { create: false, ..*self }.to_parent(path)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;

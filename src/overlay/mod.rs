@@ -3,6 +3,7 @@
 //! Everything here blocks and acts in the mount namespace of the calling thread; [`host`] says which that is.
 
 pub mod context;
+mod ephemeral;
 pub mod holders;
 pub mod host;
 pub mod layers;

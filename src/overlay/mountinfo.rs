@@ -100,6 +100,11 @@ impl MountTable {
         Self { by_point }
     }
 
+    /// What is mounted on top at a mount point.
+    pub fn top(&self, point: &str) -> Option<&Mount> {
+        self.by_point.get(point)?.last()
+    }
+
     /// What is mounted where a store with these layers should be.
     pub fn state(&self, layers: &Layers) -> MountState {
         let mounts = self.by_point.get(layers.merged.as_str()).map_or(&[][..], Vec::as_slice);
@@ -145,7 +150,13 @@ mod tests {
 
     fn layers() -> Layers {
         let path = |p: &str| p.parse().expect("valid");
-        Layers { lower: path("/l/nix/store"), upper: path("/u"), work: path("/w"), merged: path("/m/nix/store") }
+        Layers {
+            lower: path("/l/nix/store"),
+            upper: path("/u"),
+            work: path("/w"),
+            merged: path("/m/nix/store"),
+            options: Vec::new(),
+        }
     }
 
     fn state(lines: &[&str]) -> MountState {

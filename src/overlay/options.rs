@@ -1,6 +1,8 @@
 //! The options of an overlay mount: those we give, and those the kernel shows.
 
-use crate::store::Layers;
+use rustix::mount::MountAttrFlags;
+
+use crate::store::{Layers, MountOption};
 
 /// Options that every store is mounted with, whatever the kernel was built with.
 ///
@@ -18,8 +20,23 @@ pub const MOUNT_FLAGS: [&str; 2] = ["nosuid", "nodev"];
 /// Lower and upper directory are the words that Nix's `check-mount` looks for in `/proc/self/mounts`.
 pub fn mount_options(layers: &Layers) -> String {
     let mut options: Vec<String> = MOUNT_FLAGS.iter().map(|&flag| flag.to_owned()).collect();
+    options.extend(layers.options.iter().map(ToString::to_string));
     options.extend(superblock_options(layers).map(|(key, value)| format!("{key}={value}")));
     options.join(",")
+}
+
+/// The same flags for `fsmount(2)`.
+pub fn mount_attributes(layers: &Layers) -> MountAttrFlags {
+    let always = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    // One of three values and no set of flags (mount_setattr(2)); of several the last one counts, as in mount(8).
+    let access_times = MountAttrFlags::MOUNT_ATTR_NOATIME | MountAttrFlags::MOUNT_ATTR_STRICTATIME;
+    layers.options.iter().fold(always, |flags, option| match option {
+        MountOption::Noatime => (flags - access_times) | MountAttrFlags::MOUNT_ATTR_NOATIME,
+        MountOption::Relatime => flags - access_times,
+        MountOption::Strictatime => (flags - access_times) | MountAttrFlags::MOUNT_ATTR_STRICTATIME,
+        MountOption::Nodiratime => flags | MountAttrFlags::MOUNT_ATTR_NODIRATIME,
+        MountOption::Noexec => flags | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    })
 }
 
 /// Keys and values that make the superblock of a store.
@@ -80,7 +97,13 @@ mod tests {
 
     fn layers() -> Layers {
         let path = |p: &str| p.parse().expect("valid");
-        Layers { lower: path("/l/nix/store"), upper: path("/u"), work: path("/w"), merged: path("/m/nix/store") }
+        Layers {
+            lower: path("/l/nix/store"),
+            upper: path("/u"),
+            work: path("/w"),
+            merged: path("/m/nix/store"),
+            options: Vec::new(),
+        }
     }
 
     #[test]

@@ -10,12 +10,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::{
     fs::CWD,
     io::Errno,
-    mount::{MountAttrFlags, MoveMountFlags, UnmountFlags},
+    mount::{MoveMountFlags, UnmountFlags},
 };
 
 use super::{
     context::{ContextError, FsContext, is_overlay, refer_to},
-    options::superblock_options,
+    options::{mount_attributes, superblock_options},
 };
 use crate::store::{AbsolutePath, Layers, MAX_DEPTH};
 
@@ -97,7 +97,7 @@ fn fresh_mount(layers: &Layers) -> Result<OwnedFd, ContextError> {
     for (key, value) in superblock_options(layers) {
         context.set(key, value)?;
     }
-    context.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)
+    context.mount(mount_attributes(layers))
 }
 
 impl OldMount {

@@ -153,6 +153,7 @@ mod tests {
             upper: path(&format!("{store}-upper")),
             work: path("work"),
             merged: path("merged"),
+            options: Vec::new(),
         };
         let (a, b) = ("a".parse::<StoreName>().expect("valid"), "b".parse::<StoreName>().expect("valid"));
         let watches = Watches::new().expect("inotify");

@@ -2,15 +2,21 @@
 //!
 //! Nothing here does I/O: everything can be tested with values alone.
 
+mod ephemeral;
 mod lower;
+mod mount_option;
 mod name;
+mod nix_daemon;
 mod path;
 mod spec;
 mod stack;
 mod unit_name;
 
+pub use ephemeral::{Ephemeral, EphemeralSize, NoSize};
 pub use lower::{LowerStore, LowerStoreError};
+pub use mount_option::{MountOption, UnknownMountOption};
 pub use name::{NameError, StoreName};
+pub use nix_daemon::{MAX_SOCKET_PATH_LEN, NixDaemon, refuse_setting, refuse_user};
 pub use path::{AbsolutePath, PathError};
 pub use spec::{Layers, Ownership, StoreSpec};
 pub use stack::{Conflict, Declaration, MAX_DEPTH, Reason, nearest, stack};

@@ -3,12 +3,12 @@
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 
-use super::{AbsolutePath, LowerStore, MountUnitName, StoreName};
+use super::{AbsolutePath, Ephemeral, LowerStore, MountOption, MountUnitName, NixDaemon, StoreName};
 
 /// What stays as it is in a parameter of a Nix store URL: RFC 3986's unreserved characters and the slash.
 const URL_PARAMETER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 
-/// The four directories of an overlay mount.
+/// What an overlay mount is made of: its four directories, and the options that were chosen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layers {
     /// The lower store's directory of store objects.
@@ -19,6 +19,9 @@ pub struct Layers {
     pub work: AbsolutePath,
     /// Where both are merged: Nix's real store dir.
     pub merged: AbsolutePath,
+    /// Options of the mount, besides those that every store has.
+    #[serde(default)]
+    pub options: Vec<MountOption>,
 }
 
 /// Who owns the directories of a store.
@@ -57,6 +60,12 @@ pub struct StoreSpec {
     pub required: bool,
     /// Whether the daemon starts this store by itself.
     pub autostart: bool,
+    /// The filesystem in memory that everything of it is on, if it is to be gone with the next boot.
+    #[serde(default)]
+    pub ephemeral: Option<Ephemeral>,
+    /// Its own Nix daemon.
+    #[serde(default)]
+    pub daemon: Option<NixDaemon>,
 }
 
 impl StoreSpec {
@@ -73,6 +82,14 @@ impl StoreSpec {
         let parameters: Vec<_> =
             parameters.map(|(key, value)| format!("{key}={}", utf8_percent_encode(value, URL_PARAMETER))).into();
         format!("local-overlay://?{}", parameters.join("&"))
+    }
+
+    /// The URL under which its own Nix daemon is used, if it has one.
+    ///
+    /// Nix's older commands read store objects behind the daemon's back, and `root` tells them where. No character of a path
+    /// needs an escape.
+    pub fn daemon_uri(&self) -> Option<String> {
+        self.daemon.as_ref().map(|daemon| format!("unix://{}?root={}", daemon.socket_path, self.root))
     }
 
     /// The layered store underneath, if the lower store is one.
@@ -92,9 +109,9 @@ impl StoreSpec {
 
     /// Whether going from `self` to `new` needs the mount to be taken down and made again.
     ///
-    /// The owner and mode of directories that exist are never changed, and `required` and `autostart` are the
-    /// daemon's business alone.
+    /// The owner and mode of directories that exist are never changed, `required` and `autostart` are the daemon's
+    /// business alone, and a Nix daemon is made anew without the mount.
     pub fn needs_restart_for(&self, new: &Self) -> bool {
-        self.layers != new.layers
+        self.layers != new.layers || self.ephemeral != new.ephemeral
     }
 }

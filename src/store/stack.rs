@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::{
-    AbsolutePath, Layers, LowerStore, MountUnitName, NIX_STORE_DIR, Ownership, PathError, StoreName, StoreSpec,
-    UnitNameTooLong,
+    AbsolutePath, Ephemeral, Layers, LowerStore, MountOption, MountUnitName, NIX_STORE_DIR, NixDaemon, Ownership,
+    PathError, StoreName, StoreSpec, UnitNameTooLong,
 };
 
 /// `FILESYSTEM_MAX_STACK_DEPTH` of the kernel: an overlay on an overlay mounts, a third level is `EINVAL`.
@@ -29,6 +29,12 @@ pub struct Declaration {
     pub required: bool,
     /// Whether the daemon starts this store by itself.
     pub autostart: bool,
+    /// Options of the mount.
+    pub mount_options: Vec<MountOption>,
+    /// The filesystem in memory, for an ephemeral store.
+    pub ephemeral: Option<Ephemeral>,
+    /// Its own Nix daemon.
+    pub daemon: Option<NixDaemon>,
 }
 
 /// Why declarations do not make a stack. Each names the store, the key, the value and the way out.
@@ -99,6 +105,9 @@ pub enum Reason {
         /// Why the whole is refused.
         error: PathError,
     },
+    /// Two Nix daemons on one socket.
+    #[error("it is also the socket of store {0:?}; give each a socket of its own")]
+    SharedSocket(StoreName),
     /// The mount unit's name would be too long.
     #[error(transparent)]
     UnitName(#[from] UnitNameTooLong),
@@ -166,6 +175,7 @@ pub fn stack(declarations: Vec<Declaration>, remount_hook: &AbsolutePath) -> Res
         }
     }
     overlaps(&by_name, &ordered, &mut conflicts);
+    shared_sockets(&by_name, &mut conflicts);
     if conflicts.is_empty() { Ok(ordered) } else { Err(conflicts) }
 }
 
@@ -182,13 +192,21 @@ fn resolve(
         lower_store: declaration.lower_store.clone(),
         lower_url,
         mount_unit: MountUnitName::of(&merged)?,
-        layers: Layers { lower, upper: declaration.upper_layer.clone(), work: declaration.work_dir.clone(), merged },
+        layers: Layers {
+            lower,
+            upper: declaration.upper_layer.clone(),
+            work: declaration.work_dir.clone(),
+            merged,
+            options: declaration.mount_options.clone(),
+        },
         root: declaration.root.clone(),
         state_dir: below_root("nix/var/nix")?,
         remount_hook: remount_hook.clone(),
         ownership: declaration.ownership.clone(),
         required: declaration.required,
         autostart: declaration.autostart,
+        ephemeral: declaration.ephemeral.clone(),
+        daemon: declaration.daemon.clone(),
     })
 }
 
@@ -230,10 +248,17 @@ fn overlaps(by_name: &BTreeMap<StoreName, Declaration>, specs: &[StoreSpec], con
     // enclosing directories finds every pair.
     let mut directories: Vec<(&AbsolutePath, &StoreName, &'static str)> = by_name
         .values()
-        .flat_map(|d| {
-            [(&d.root, &d.name, "root"), (&d.upper_layer, &d.name, "upper-layer"), (&d.work_dir, &d.name, "work-dir")]
+        .flat_map(|d| match &d.ephemeral {
+            // All of its directories are on one filesystem, which has to be all its own.
+            Some(ephemeral) => vec![(&ephemeral.directory, &d.name, "ephemeral-size")],
+            None => vec![
+                (&d.root, &d.name, "root"),
+                (&d.upper_layer, &d.name, "upper-layer"),
+                (&d.work_dir, &d.name, "work-dir"),
+            ],
         })
         .collect();
+    let noun = |key| if key == "ephemeral-size" { "filesystem" } else { key };
     directories.sort_by_key(|(path, name, key)| (path.as_path(), *name, *key));
     let mut enclosing: Vec<(&AbsolutePath, &StoreName, &'static str)> = Vec::new();
     for &(path, store, key) in &directories {
@@ -247,7 +272,7 @@ fn overlaps(by_name: &BTreeMap<StoreName, Declaration>, specs: &[StoreSpec], con
                 value: path.to_string(),
                 reason: Reason::Overlap {
                     owner: (owner != store).then(|| owner.clone()),
-                    key: outer_key,
+                    key: noun(outer_key),
                     value: outer.clone(),
                     nested: path != outer,
                 },
@@ -269,7 +294,7 @@ fn overlaps(by_name: &BTreeMap<StoreName, Declaration>, specs: &[StoreSpec], con
                 Reason::LowerInside {
                     dir: lower.clone(),
                     owner: (owner != &spec.name).then(|| owner.clone()),
-                    key,
+                    key: noun(key),
                     value: value.clone(),
                 }
             }),
@@ -301,6 +326,23 @@ fn overlaps(by_name: &BTreeMap<StoreName, Declaration>, specs: &[StoreSpec], con
     }
 }
 
+/// Finds Nix daemons that would listen on the same socket.
+fn shared_sockets(by_name: &BTreeMap<StoreName, Declaration>, conflicts: &mut Vec<Conflict>) {
+    let mut owners: BTreeMap<&AbsolutePath, &StoreName> = BTreeMap::new();
+    for store in by_name.values() {
+        let Some(daemon) = &store.daemon else { continue };
+        match owners.get(&daemon.socket_path) {
+            Some(&owner) => conflicts.push(Conflict {
+                store: store.name.clone(),
+                key: "daemon.socket-path",
+                value: daemon.socket_path.to_string(),
+                reason: Reason::SharedSocket(owner.clone()),
+            }),
+            None => drop(owners.insert(&daemon.socket_path, &store.name)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -318,6 +360,9 @@ mod tests {
             ownership: Ownership::default(),
             required: true,
             autostart: true,
+            mount_options: Vec::new(),
+            ephemeral: None,
+            daemon: None,
         }
     }
 

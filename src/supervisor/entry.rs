@@ -21,7 +21,7 @@ use crate::{
         probe::Stale,
         refresh::{Changes, Fingerprint, Rung},
     },
-    store::StoreSpec,
+    store::{NixDaemon, StoreSpec},
 };
 
 /// Where the answer to a command goes.
@@ -53,6 +53,7 @@ pub(super) enum Op {
     FinishSwap,
     Release,
     Refresh,
+    Serve,
 }
 
 /// A refresh that should be made.
@@ -110,6 +111,8 @@ pub(super) struct Entry {
     pub(super) paying: Changes,
     /// The fingerprint on record, if this run of the daemon has put it there.
     pub(super) fingerprint: Option<Fingerprint>,
+    /// What was last seen to about its Nix daemon; `None` while nothing was.
+    pub(super) served: Option<Option<NixDaemon>>,
     problems: BTreeMap<Problem, String>,
     pub(super) last_refresh_usec: u64,
     pub(super) last_refresh: &'static str,
@@ -153,6 +156,7 @@ impl Entry {
             owed: Owed::default(),
             paying: Changes::default(),
             fingerprint: None,
+            served: None,
             problems: BTreeMap::new(),
             last_refresh_usec: 0,
             last_refresh: "",
@@ -207,6 +211,7 @@ impl Entry {
         self.lock = None;
         self.owed = Owed::default();
         self.fingerprint = None;
+        self.served = None;
         self.problems.clear();
     }
 
@@ -292,6 +297,14 @@ impl Entry {
         }
     }
 
+    /// Whether its Nix daemon, or that it has none, is still to be seen to.
+    pub(super) fn is_to_be_served(&self) -> bool {
+        self.phase == Phase::Active
+            && self.next.is_none()
+            && self.retry
+            && self.served.as_ref() != Some(&self.spec.daemon)
+    }
+
     /// Whether it is on its way up, or about to be.
     pub(super) fn is_coming_up(&self) -> bool {
         self.want == Want::Up && !matches!(self.phase, Phase::Failed { .. })
@@ -325,7 +338,7 @@ impl Entry {
     /// Whether it is where it should be, or was given up on.
     pub(super) fn is_settled(&self) -> bool {
         let at_goal = match self.want {
-            Want::Up => self.next.is_none() && self.phase != Phase::Inactive,
+            Want::Up => self.next.is_none() && self.phase != Phase::Inactive && !self.is_to_be_served(),
             Want::Down => self.next.is_none() && self.phase != Phase::Active,
             // Left mounted because it is not ours to unmount.
             Want::Gone => matches!(self.phase, Phase::Failed { .. }),

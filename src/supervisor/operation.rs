@@ -2,9 +2,9 @@
 //!
 //! Each can be interrupted anywhere and made again. Parts that block run on threads in PID 1's mount namespace.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
-use super::record::Records;
+use super::{nix_daemon, record::Records};
 use crate::{
     overlay::{
         holders::holders,
@@ -16,7 +16,7 @@ use crate::{
         watch::{WatchError, Watches},
     },
     store::StoreSpec,
-    systemd::{UnitError, Units},
+    systemd::{SocketError, UnitError, Units},
 };
 
 /// What operations work with.
@@ -44,6 +44,10 @@ pub(super) enum OperationError {
     Swap(#[from] SwapError),
     #[error(transparent)]
     Refresh(#[from] RefreshError),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("cannot write {}: {source}", .file.display())]
+    NixConf { file: PathBuf, source: std::io::Error },
     #[error("cannot read the mount table: {0}")]
     MountTable(std::io::Error),
     #[error("an operation panicked: {0}")]
@@ -63,10 +67,12 @@ pub(super) struct Up {
     pub(super) owner_uid: u32,
     /// Set when changes of the layers will go unseen.
     pub(super) unwatched: Option<WatchError>,
+    /// Whether there is anything of a Nix daemon of the store.
+    pub(super) served: bool,
 }
 
 /// Runs `work` on a thread in PID 1's mount namespace.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
 ) -> Result<T, OperationError> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(OperationError::Panic(error.to_string())))
@@ -104,7 +110,8 @@ pub(super) async fn start(tools: Tools, spec: Arc<StoreSpec>, lock: Option<Upper
             tools.records.keep_fingerprint(&spec.name, &fingerprint);
         }
         let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
-        Ok(Up { lock: Some(lock), changes: Changes::default(), owner_uid, unwatched })
+        let served = is_served(&tools, &spec);
+        Ok(Up { lock: Some(lock), changes: Changes::default(), owner_uid, unwatched, served })
     })
     .await
 }
@@ -119,9 +126,14 @@ pub(super) async fn adopt(tools: Tools, spec: Arc<StoreSpec>, locked: bool) -> R
         let unchanged = now.is_some() && tools.records.fingerprint(&spec.name) == now;
         let changes = if unchanged { Changes::default() } else { Changes::unknown() };
         let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
-        Ok(Up { lock, changes, owner_uid, unwatched })
+        let served = is_served(&tools, &spec);
+        Ok(Up { lock, changes, owner_uid, unwatched, served })
     })
     .await
+}
+
+fn is_served(tools: &Tools, spec: &StoreSpec) -> bool {
+    nix_daemon::directory(tools.records.runtime(), &spec.name).exists()
 }
 
 /// Takes a store down.

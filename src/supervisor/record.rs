@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::nix_daemon::nix_conf;
 use crate::{
     overlay::refresh::Fingerprint,
     store::{StoreName, StoreSpec},
@@ -66,11 +67,19 @@ impl Records {
         text.and_then(|text| replace(&path, &text, true)).map_err(|source| RecordError { path, source })
     }
 
+    /// The directory of notes that are kept until the next boot.
+    pub(super) fn runtime(&self) -> &Path {
+        &self.runtime
+    }
+
     /// Forgets a store.
     pub(super) fn forget(&self, name: &StoreName) {
         // A record that stays is read again at the next start and forgotten then.
         let _ = fs::remove_file(self.known_path(name));
         let _ = fs::remove_file(self.runtime_path(name));
+        let nix_conf = nix_conf(&self.runtime, name);
+        let _ = fs::remove_file(&nix_conf);
+        let _ = nix_conf.parent().map(fs::remove_dir);
     }
 
     /// Keeps a fingerprint until the next boot. Losing it costs a look at every path, no more.

@@ -59,6 +59,8 @@ pub enum Problem {
     MountLost,
     /// It could not be brought up.
     StartFailed,
+    /// Its Nix daemon cannot be connected to.
+    DaemonFailed,
     /// A refresh could not be carried out.
     RefreshFailed,
     /// Changes of its layers go unseen.
@@ -80,6 +82,7 @@ impl Problem {
             Self::NotOurs => "not-ours",
             Self::MountLost => "mount-lost",
             Self::StartFailed => "start-failed",
+            Self::DaemonFailed => "daemon-failed",
             Self::RefreshFailed => "refresh-failed",
             Self::Unwatched => "unwatched",
             Self::MountOptions => "mount-options",

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use zbus::{Connection, wire::OwnedObjectPath};
 
 use super::{
@@ -222,6 +222,15 @@ impl Units {
     }
 
     async fn wait(&self, job: OwnedObjectPath, doing: &'static str, unit: &MountUnitName) -> Result<(), UnitError> {
+        match self.result(job).await {
+            Some(JobResult::Done) => Ok(()),
+            Some(result) => Err(UnitError::Job { doing, unit: unit.clone(), result }),
+            None => Err(UnitError::NoAnswer { doing, unit: unit.clone() }),
+        }
+    }
+
+    /// What comes of a job; `None` when systemd does not say in time.
+    pub(super) async fn result(&self, job: OwnedObjectPath) -> Option<JobResult> {
         let result = {
             let mut jobs = lock(&self.jobs);
             match jobs.unclaimed.iter().position(|(path, _)| *path == job) {
@@ -237,14 +246,20 @@ impl Units {
             Ok(result) => Some(result),
             Err(receiver) => tokio::time::timeout(JOB_TIMEOUT, receiver).await.ok().and_then(Result::ok),
         };
-        match result {
-            Some(JobResult::Done) => Ok(()),
-            Some(result) => Err(UnitError::Job { doing, unit: unit.clone(), result }),
-            None => {
-                lock(&self.jobs).waiting.remove(&job);
-                Err(UnitError::NoAnswer { doing, unit: unit.clone() })
-            }
+        if result.is_none() {
+            lock(&self.jobs).waiting.remove(&job);
         }
+        result
+    }
+
+    /// systemd's manager.
+    pub(super) fn manager(&self) -> &ManagerProxy<'static> {
+        &self.manager
+    }
+
+    /// Waits until one more call may be made, which it may while the result is held.
+    pub(super) async fn call(&self) -> Option<SemaphorePermit<'_>> {
+        self.calls.acquire().await.ok()
     }
 }
 
@@ -270,6 +285,6 @@ fn lock(jobs: &Mutex<Jobs>) -> std::sync::MutexGuard<'_, Jobs> {
     jobs.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn is_named(error: &zbus::Error, name: &str) -> bool {
+pub(super) fn is_named(error: &zbus::Error, name: &str) -> bool {
     matches!(error, zbus::Error::MethodError(found, ..) if found.as_str() == name)
 }

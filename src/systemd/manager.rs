@@ -8,6 +8,11 @@ use zbus::{
 /// Properties of a unit, by name.
 pub(super) type Properties<'a> = Vec<(&'a str, Variant<'a>)>;
 
+/// What `ListUnitsByNames` says of a unit: name, description, load, active and sub state, followed unit, object, and its
+/// job's number, type and object.
+pub(super) type UnitStatus =
+    (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
+
 #[proxy(
     interface = "org.freedesktop.systemd1.Manager",
     default_service = "org.freedesktop.systemd1",
@@ -22,7 +27,11 @@ pub(super) trait Manager {
         aux: &[(&str, Properties<'_>)],
     ) -> zbus::Result<OwnedObjectPath>;
 
+    fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+
+    fn list_units_by_names(&self, names: &[&str]) -> zbus::Result<Vec<UnitStatus>>;
 
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
 

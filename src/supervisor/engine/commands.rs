@@ -152,6 +152,7 @@ impl Engine {
                 }
                 if *entry.spec != spec {
                     entry.spec = Arc::new(spec);
+                    entry.try_again();
                 }
             }
             // Whoever reloads has most likely changed something that was in the way.

@@ -14,7 +14,7 @@ use crate::{
         refresh::{Changes, Outcome, Report, Rung},
         swap::OldSuperblock,
     },
-    store::StoreName,
+    store::{NixDaemon, StoreName},
     supervisor::{
         Error,
         entry::{Op, answer},
@@ -40,6 +40,7 @@ pub(super) enum Done {
     Refreshed(Result<Report, OperationError>),
     Retired(OldSuperblock),
     Verified(Result<Vec<Stale>, OperationError>),
+    Served(Option<NixDaemon>, Result<(), OperationError>),
 }
 
 /// Why something is undone.
@@ -102,6 +103,17 @@ impl Engine {
                 let failed = Err(Error::RefreshFailed(name.clone(), message));
                 answer(std::mem::take(&mut entry.refreshing), &failed);
             }
+            Done::Served(daemon, result) => match result {
+                Ok(()) => {
+                    entry.served = Some(daemon);
+                    entry.clear(&[Problem::DaemonFailed]);
+                }
+                Err(error) => {
+                    entry.served = None;
+                    entry.retry_later(now);
+                    entry.problem(Problem::DaemonFailed, format!("its Nix daemon: {error}; it is tried again"));
+                }
+            },
             Done::Up(Ok(_)) | Done::Verified(_) | Done::Retired(_) => {}
         }
         self.publish(name);
@@ -121,6 +133,7 @@ impl Engine {
             entry.lock = Some(lock);
         }
         entry.owner_uid = up.owner_uid;
+        entry.served = (!up.served).then_some(None);
         if !up.changes.is_empty() {
             entry.owed.demand(up.changes, Rung::Probe, Instant::now());
         }
@@ -138,6 +151,8 @@ impl Engine {
 
     pub(super) fn is_busy(&mut self, name: &StoreName, why: &str) {
         let Some(entry) = self.entries.get_mut(name) else { return };
+        // systemd has stopped the socket on the way.
+        entry.served = entry.served.take().filter(Option::is_none);
         let asked = std::mem::take(&mut entry.stopping);
         if !asked.is_empty() && entry.want == Want::Down {
             // All or nothing: it stays up and looked after.

@@ -14,7 +14,7 @@ use crate::{
     supervisor::{
         Error,
         entry::{Entry, Op, answer},
-        operation,
+        nix_daemon, operation,
         plan::{Action, Lower, Phase, View, Want, plan},
         status::Problem,
     },
@@ -81,6 +81,13 @@ impl Engine {
         let Some(entry) = self.entries.get(name) else { return false };
         // A refresh may be in flight while the mount is lost; what comes of it does not matter then.
         if entry.op.is_some() {
+            return false;
+        }
+        if entry.want == Want::Up && entry.is_to_be_served() && matches!(entry.mount, MountState::Mounted { .. }) {
+            let (tools, spec) = (self.tools.clone(), Arc::clone(&entry.spec));
+            self.spawn(name, Op::Serve, async move {
+                Done::Served(spec.daemon.clone(), nix_daemon::serve(tools, spec).await)
+            });
             return false;
         }
         let lower = if entry.phase != Phase::Active && self.is_occupied(entry) {

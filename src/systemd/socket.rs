@@ -1,0 +1,137 @@
+//! The transient socket unit of a store's Nix daemon.
+//!
+//! It is bound to the store's mount, and the daemon's service (`layered-stores-nix-daemon@.service`) to the socket, so that
+//! both end before the store does, whoever ends it.
+
+use zbus::wire::Variant;
+
+use super::jobs::{JobResult, Units, is_named};
+use crate::store::{MountUnitName, NixDaemon, StoreName};
+
+/// How often a socket that is on its way down, or whose mount systemd has not noticed yet, is waited for.
+const ATTEMPTS: u32 = 50;
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// The socket of a store's Nix daemon is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// systemd refused the call.
+    #[error("systemd refuses to {0} {1}: {2}")]
+    Refused(&'static str, String, Box<zbus::Error>),
+    /// The job ended otherwise than well.
+    #[error("the job to {0} {1} did not succeed: {2}; see `journalctl -u '{1}'`")]
+    Job(&'static str, String, JobResult),
+    /// systemd did not say in time what came of the job.
+    #[error("systemd has not said what came of the job to {0} {1}")]
+    NoAnswer(&'static str, String),
+}
+
+/// The socket unit of a store's Nix daemon.
+pub fn socket_unit(store: &StoreName) -> String {
+    format!("layered-stores-nix-daemon@{store}.socket")
+}
+
+impl Units {
+    /// Makes and starts the socket of a store's Nix daemon. One that listens already is taken for right: the caller knows
+    /// whether anything about it has changed. `was_same`: so is one that was stopped and is still loaded, as it is while builds
+    /// of the daemon run.
+    ///
+    /// # Errors
+    /// [`SocketError`]; nobody can connect then.
+    pub async fn start_socket(
+        &self,
+        store: &StoreName,
+        daemon: &NixDaemon,
+        mount: &MountUnitName,
+        was_same: bool,
+    ) -> Result<(), SocketError> {
+        const DOING: &str = "start";
+        let unit = socket_unit(store);
+        for attempt in 1.. {
+            let started = {
+                let _call = self.call().await;
+                let properties = properties(store, daemon, mount);
+                self.manager().start_transient_unit(&unit, "fail", properties, &[]).await
+            };
+            let error = match started {
+                Ok(job) => return self.socket_job(job, DOING, unit).await,
+                Err(error) => error,
+            };
+            if is_named(&error, "org.freedesktop.systemd1.UnitExists") {
+                if self.is_active(&unit).await {
+                    return Ok(());
+                }
+                // One that failed keeps its name until it is reset.
+                let _ = self.manager().reset_failed_unit(&unit).await;
+                if was_same && let Ok(job) = self.manager().start_unit(&unit, "fail").await {
+                    return self.socket_job(job, DOING, unit).await;
+                }
+            }
+            if attempt == ATTEMPTS {
+                return Err(SocketError::Refused(DOING, unit, Box::new(error)));
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    /// Stops the socket of a store's Nix daemon and, with it, the daemon. Connections that are open stay.
+    ///
+    /// # Errors
+    /// [`SocketError`].
+    pub async fn stop_socket(&self, store: &StoreName) -> Result<(), SocketError> {
+        self.stop_part(socket_unit(store)).await
+    }
+
+    /// Stops a store's Nix daemon; the next connection starts it again. Connections that are open stay.
+    ///
+    /// # Errors
+    /// [`SocketError`].
+    pub async fn stop_nix_daemon(&self, store: &StoreName) -> Result<(), SocketError> {
+        self.stop_part(format!("layered-stores-nix-daemon@{store}.service")).await
+    }
+
+    async fn stop_part(&self, unit: String) -> Result<(), SocketError> {
+        const DOING: &str = "stop";
+        let stopped = {
+            let _call = self.call().await;
+            self.manager().stop_unit(&unit, "replace").await
+        };
+        match stopped {
+            Ok(job) => self.socket_job(job, DOING, unit).await,
+            Err(error) if is_named(&error, "org.freedesktop.systemd1.NoSuchUnit") => Ok(()),
+            Err(error) => Err(SocketError::Refused(DOING, unit, Box::new(error))),
+        }
+    }
+
+    async fn is_active(&self, unit: &str) -> bool {
+        let units = self.manager().list_units_by_names(&[unit]).await.unwrap_or_default();
+        units.iter().any(|(name, _, _, active, ..)| name == unit && active == "active")
+    }
+
+    async fn socket_job(
+        &self,
+        job: zbus::wire::OwnedObjectPath,
+        doing: &'static str,
+        unit: String,
+    ) -> Result<(), SocketError> {
+        match self.result(job).await {
+            Some(JobResult::Done) => Ok(()),
+            Some(result) => Err(SocketError::Job(doing, unit, result)),
+            None => Err(SocketError::NoAnswer(doing, unit)),
+        }
+    }
+}
+
+fn properties(store: &StoreName, daemon: &NixDaemon, mount: &MountUnitName) -> super::manager::Properties<'static> {
+    let mount = vec![mount.to_string()];
+    let listen = vec![("Stream".to_owned(), daemon.socket_path.to_string())];
+    vec![
+        ("Description", Variant::from(format!("Nix Daemon Socket of the Layered Store {store}"))),
+        ("Listen", Variant::from(listen)),
+        ("SocketMode", Variant::from(daemon.socket_mode)),
+        ("RemoveOnStop", Variant::from(true)),
+        ("BindsTo", Variant::from(mount.clone())),
+        ("After", Variant::from(mount)),
+    ]
+}
