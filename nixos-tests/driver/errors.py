@@ -16,3 +16,7 @@ class RequestedAssertionFailed(AssertionError):
         super().__init__(message)
         self.unit = unit
         """The unit whose journal tells more, if there is one."""
+
+
+class Skipped(Exception):
+    """A scenario has nothing to do here. The message says why, and what would change that."""

@@ -10,7 +10,7 @@ from unittest import TestCase
 
 from . import paths, terminal
 from .boot import boot
-from .errors import MachineError, PreconditionError, RequestedAssertionFailed
+from .errors import MachineError, PreconditionError, RequestedAssertionFailed, Skipped
 from .install import SERVICE
 from .log import Log
 from .machine import Machine
@@ -76,9 +76,12 @@ class Scenario:
             "join_all": machine.wait_for_shutdown,
             "subtest": log.subtest,
             "retry": retry,
+            "Skipped": Skipped,
         }
         try:
             exec(compile(self.path.read_text(), self.path, "exec"), symbols)
+        except Skipped as reason:
+            log.tell(f"SKIPPED: {reason}", terminal.BOLD)
         except Exception as error:
             signal.alarm(0)
             self._explain(error, machine, log)

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from unittest import TestCase
 
+from .errors import Skipped as Skipped
 from .log import Log
 from .machine import Machine
 from .polling import retry as retry

@@ -1,0 +1,171 @@
+# From the options to the daemon's configuration, and from a configuration to what follows from it.
+{ lib }:
+
+let
+  layered = import ./lib.nix { inherit lib; };
+  inherit (layered) readLowerStore stateDir;
+
+  # A value of an attribute set that may not be one: `settings` is whatever a user has written.
+  textOr =
+    default: table: key:
+    let
+      value = table.${key} or null;
+    in
+    if lib.isString value then value else default;
+in
+rec {
+  defaultDirectory = name: tail: "${stateDir}/stores/${name}/${tail}";
+  defaultSocketPath = name: "/run/layered-stores/${name}/daemon.sock";
+  defaultSocketMode = "0666";
+  defaultTrustedUsers = [ "root" ];
+
+  # Which option a key of the configuration is written with.
+  options = {
+    "lower-store" = "lowerStore";
+    root = "root";
+    "upper-layer" = "upperLayer";
+    "work-dir" = "workDir";
+    owner = "owner";
+    group = "group";
+    mode = "mode";
+    required = "required";
+    autostart = "autostart";
+    "mount-options" = "mountOptions";
+    "ephemeral-size" = "ephemeral.size";
+    "daemon.socket-path" = "daemon.socketPath";
+    "daemon.socket-mode" = "daemon.socketMode";
+    "daemon.allowed-users" = "daemon.allowedUsers";
+    "daemon.trusted-users" = "daemon.trustedUsers";
+    "daemon.settings" = "daemon.settings";
+  };
+
+  # The table of a store. What is the daemon's own default is left out, so that a configuration says
+  # no more than its author did.
+  render =
+    name: store:
+    let
+      unless = default: key: value: lib.optionalAttrs (value != default) { ${key} = value; };
+      directory = tail: unless (defaultDirectory name tail);
+    in
+    unless null "lower-store" store.lowerStore
+    // directory "root" "root" store.root
+    // directory "upper" "upper-layer" store.upperLayer
+    // directory "work" "work-dir" store.workDir
+    // unless null "owner" store.owner
+    // unless null "group" store.group
+    // unless null "mode" store.mode
+    // unless true "required" store.required
+    // unless true "autostart" store.autostart
+    // unless [ ] "mount-options" store.mountOptions
+    // lib.optionalAttrs store.ephemeral.enable (unless null "ephemeral-size" store.ephemeral.size)
+    // lib.optionalAttrs store.daemon.enable { daemon = renderDaemon name store.daemon; };
+
+  renderDaemon =
+    name: daemon:
+    let
+      unless = default: key: value: lib.optionalAttrs (value != default) { ${key} = value; };
+      named = daemon.allowedUsers ++ map (group: "@${group}") daemon.allowedGroups;
+    in
+    {
+      # The daemon's own default lets everybody in. Whoever names nobody has not thought about it,
+      # and then nobody but the trusted users is let in.
+      allowed-users = if named == [ ] then daemon.trustedUsers else named;
+    }
+    // unless (defaultSocketPath name) "socket-path" daemon.socketPath
+    // unless defaultSocketMode "socket-mode" daemon.socketMode
+    // unless defaultTrustedUsers "trusted-users" daemon.trustedUsers
+    // unless { } "settings" daemon.settings;
+
+  # What a store's table means, with every default filled in. Made for tables without mistakes, and
+  # total for others: where a mistake leaves nothing, there is null.
+  resolve =
+    name: table:
+    let
+      text = textOr null table "lower-store";
+    in
+    rec {
+      inherit name;
+      ephemeral = table ? ephemeral-size;
+      directory = "${stateDir}/stores/${name}";
+      root = textOr (defaultDirectory name "root") table "root";
+      upperLayer = textOr (defaultDirectory name "upper") table "upper-layer";
+      workDir = textOr (defaultDirectory name "work") table "work-dir";
+      realStoreDir = "${root}/nix/store";
+      mountUnit = layered.mountUnit realStoreDir;
+      lower = if text == null then { problem = null; } else readLowerStore text;
+      socketPath =
+        if lib.isAttrs (table.daemon or null) then
+          textOr (defaultSocketPath name) table.daemon "socket-path"
+        else
+          null;
+    };
+
+  # All stores of a configuration, by name.
+  resolveAll =
+    settings:
+    let
+      stores = settings.stores or { };
+    in
+    if lib.isAttrs stores then
+      lib.mapAttrs resolve (lib.filterAttrs (_name: lib.isAttrs) stores)
+    else
+      { };
+
+  # The names of a store and of those it lies on, itself first. It ends behind a name that is there
+  # already, and at one that no store has.
+  chain =
+    stores: name:
+    let
+      follow =
+        names: name:
+        let
+          next = stores.${name}.lower.layered or null;
+        in
+        if lib.elem name names then
+          names ++ [ name ]
+        else if !stores ? ${name} || next == null then
+          names ++ [ name ]
+        else
+          follow (names ++ [ name ]) next;
+    in
+    follow [ ] name;
+
+  # The URL under which Nix opens a store, as `layered-stores uri` prints it (`StoreSpec::uri`).
+  uri =
+    { remountHook, stores }:
+    name:
+    let
+      store = stores.${name};
+      # A configuration that is refused must not become an infinite recursion before it is.
+      names = chain stores name;
+      usable = lib.allUnique names && lib.all (name: stores ? ${name}) names;
+      lowerUrl =
+        if store.lower ? layered then
+          uri { inherit remountHook stores; } store.lower.layered
+        else
+          store.lower.url or (throw "the lower store of the layered store ${name} has no URL");
+      parameter = key: value: "${key}=${layered.encode value}";
+    in
+    if usable then
+      "local-overlay://?"
+      + lib.concatStringsSep "&" [
+        (parameter "root" store.root)
+        (parameter "lower-store" lowerUrl)
+        (parameter "upper-layer" store.upperLayer)
+        (parameter "remount-hook" remountHook)
+      ]
+    else
+      throw "the layered store ${name} has no URL: it lies on ${
+        lib.concatStringsSep " on " (lib.tail names)
+      }";
+
+  # The directories that have to be there, filesystems mounted, before a store is brought up.
+  directories =
+    store:
+    lib.optionals (!store.ephemeral) [
+      store.root
+      store.upperLayer
+      store.workDir
+    ]
+    ++ lib.optional (store.lower ? dir) store.lower.dir;
+}

@@ -1,0 +1,3 @@
+final: _previous: {
+  layered-stores = final.callPackage ./package.nix { };
+}

@@ -1,0 +1,48 @@
+# A system whose units and configuration a machine without NixOS is booted with: everything that can
+# be declared is in it.
+{ lib, evaluate }:
+
+let
+  evaluated = evaluate [
+    {
+      services.layeredStores = {
+        enable = true;
+        stores = {
+          ci = {
+            lowerStore = "local";
+            root = "/srv/ci/root";
+            upperLayer = "/srv/ci/upper";
+            workDir = "/srv/ci/work";
+            mountOptions = [ "noatime" ];
+            remountUsers = [ "alice" ];
+            daemon = {
+              enable = true;
+              allowedUsers = [ "alice" ];
+              serviceConfig.MemoryMax = "1G";
+            };
+          };
+          data = {
+            lowerStore = "local";
+            root = "/data/root";
+            upperLayer = "/data/upper";
+            workDir = "/data/work";
+          };
+          plain.lowerStore = "local";
+          top.lowerStore = "layered:plain";
+          scratch = {
+            lowerStore = "local";
+            ephemeral.enable = true;
+            ephemeral.size = "64M";
+          };
+        };
+      };
+      users.users.alice = { };
+    }
+  ];
+in
+assert evaluated.failures == [ ] && evaluated.warnings == [ ];
+evaluated
+// {
+  polkit = evaluated.config.security.polkit.extraConfig;
+  uris = lib.mapAttrs (_name: store: store.uri) evaluated.config.services.layeredStores.stores;
+}

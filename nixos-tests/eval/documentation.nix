@@ -1,0 +1,42 @@
+# The options say what they are for.
+{ lib, options }:
+
+let
+  documented = lib.filter (option: option.visible && !option.internal) (
+    lib.optionAttrSetToDocList options
+  );
+  ours = lib.filter (option: lib.hasPrefix "services.layeredStores" option.name) documented;
+  without = what: map (option: option.name) (lib.filter (option: !option ? ${what}) ours);
+  # An example adds nothing to these.
+  obvious = [
+    "services.layeredStores.enable"
+    "services.layeredStores.stores.<name>.daemon.enable"
+    "services.layeredStores.stores.<name>.ephemeral.enable"
+  ];
+in
+{
+  "test every option has a description" = {
+    expr = map (option: option.name) (
+      lib.filter (
+        option: builtins.match "[A-Z][^\n]*[a-zA-Z.].*" (option.description.text or option.description or "") == null
+      ) ours
+    );
+    expected = [ ];
+  };
+  "test every option has a default" = {
+    expr = without "default";
+    expected = [ ];
+  };
+  "test every option has an example" = {
+    expr = lib.subtractLists obvious (without "example");
+    expected = [ ];
+  };
+  "test the reference names every option" = {
+    expr =
+      let
+        reference = import ../../nix/option-reference.nix { inherit lib options; };
+      in
+      lib.filter (option: !lib.hasInfix "`${option.name}`" reference) ours;
+    expected = [ ];
+  };
+}

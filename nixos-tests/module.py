@@ -1,0 +1,146 @@
+# The NixOS module where there is no NixOS: evaluated by the machine's own Nix with the Nixpkgs
+# library, and what it renders is linted, compared with what the daemon says, and booted.
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from driver import nixpkgs, paths
+
+PROJECT = "/srv/project"
+REFERENCE = paths.REPOSITORY / "docs" / "options.md"
+UNITS = "/etc/systemd/system"
+
+
+def evaluate(attribute: str) -> Any:
+    """What an attribute of nixos-tests/eval is."""
+    output = machine.succeed(
+        f"NIXPKGS={PROJECT}/nixpkgs nix-instantiate --eval --strict --json "
+        f"{PROJECT}/nixos-tests/eval -A {attribute}"
+    )
+    return json.loads(output)
+
+
+def write(path: str, text: str) -> None:
+    machine.succeed(f"install -D -m 644 /dev/stdin '{path}' <<'END-OF-FILE'\n{text}\nEND-OF-FILE")
+
+
+def without_hint(sentence: str) -> str:
+    """A sentence without its last part, where that guesses what was meant."""
+    return re.sub(r"; (did you mean|declare it|the keys are) .*$", "", sentence)
+
+
+def status(name: str) -> dict[str, Any]:
+    _, output = machine.execute(f"layered-stores status {name} --json")
+    found: dict[str, Any] = json.loads(output)
+    return found
+
+
+with tempfile.TemporaryDirectory() as directory:
+    copy = Path(directory, "nixpkgs")
+    nixpkgs.copy_library(copy)
+    machine.start(allow_reboot=True)
+    machine.copy_from_host(str(copy), f"{PROJECT}/nixpkgs")
+for part in ("module", "nix", "nixos-tests"):
+    machine.copy_from_host(str(paths.REPOSITORY / part), f"{PROJECT}/{part}")
+
+with subtest("Scenarios, values, units, documentation and refusals are as they should be"):
+    report = evaluate("report")
+    for failure in report["failures"]:
+        log.tell(json.dumps(failure, indent=2, ensure_ascii=False))
+    t.assertEqual(report["failures"], [])
+    log.tell(f"{report['tests']} tests, with units by {report['units']}")
+    t.assertGreater(report["tests"], 150)
+
+with subtest("The reference of all options is the committed one"):
+    reference = evaluate("optionReference")
+    t.assertIn("## `services.layeredStores.stores.<name>.lowerStore`", reference)
+    if REFERENCE.exists() and REFERENCE.read_text() != reference:
+        machine.out_dir.mkdir(parents=True, exist_ok=True)
+        (machine.out_dir / REFERENCE.name).write_text(reference)
+        made = (machine.out_dir / REFERENCE.name).relative_to(paths.REPOSITORY)
+        raise AssertionError(f"docs/{REFERENCE.name} is not what the options say: copy {made}")
+
+with subtest("What the module refuses, the daemon refuses"):
+    refused = evaluate("machine.refused")
+    t.assertGreater(len(refused), 100)
+    for name, refusal in refused.items():
+        write("/tmp/refused.toml", refusal["toml"])
+        code, said = machine.execute("layered-stores check-config /tmp/refused.toml 2>&1")
+        t.assertEqual(code, 1, f"{name}: the daemon takes this:\n{refusal['toml']}")
+        for message in refusal["messages"] if refusal["words"] else []:
+            sentence = without_hint(message.partition(": ")[2])
+            t.assertIn(sentence, said, name)
+
+booted = evaluate("machine.booted")
+
+with subtest("What the module takes, the daemon takes"):
+    write("/etc/layered-stores/config.toml", booted["toml"])
+    machine.succeed("layered-stores check-config")
+
+with subtest("systemd has nothing to say against its units"):
+    for name, text in booted["units"].items():
+        write(f"{UNITS}/{name}", text)
+    for link in booted["wants"]:
+        unit = Path(link).name
+        target = f"{UNITS}/{unit}" if unit in booted["units"] else f"/usr/lib/systemd/system/{unit}"
+        machine.succeed(f"mkdir -p {UNITS}/{Path(link).parent}", f"ln -s {target} {UNITS}/{link}")
+    names = {name.removesuffix(".d/overrides.conf") for name in booted["units"]}
+    # A template is looked at through an instance.
+    names = {name.replace("@.", "@ci.") for name in names}
+    said = machine.succeed(
+        "systemctl daemon-reload",
+        # The image has no manual pages.
+        f"systemd-analyze verify --man=no --recursive-errors=no {' '.join(sorted(names))} 2>&1",
+    )
+    t.assertEqual(said, "")
+
+# What polkit thinks of its rules shows in what it allows, below.
+write("/etc/polkit-1/rules.d/10-nixos.rules", booted["polkit"])
+
+# One of the stores lies on a filesystem that nothing else waits for.
+machine.succeed("mkdir /data", "echo 'tmpfs /data tmpfs noauto,mode=0755 0 0' >>/etc/fstab")
+
+with subtest("Booted with all of that, stores are up and the target is reached"):
+    machine.reboot()
+    machine.wait_for_unit("layered-stores.target")
+    machine.wait_for_unit("layered-stores-filesystems.target")
+    machine.succeed("layered-stores status")
+    for name in booted["uris"]:
+        t.assertEqual((status(name)["state"], status(name)["problems"]), ("active", []), name)
+    t.assertEqual(machine.succeed("journalctl -b -u polkit -p err -q -o cat"), "")
+
+with subtest("The filesystem of a store was mounted before anything was made on it"):
+    t.assertEqual(machine.succeed("findmnt --noheadings --output FSTYPE /data").strip(), "tmpfs")
+    machine.succeed("test -d /data/upper", "mkdir /tmp/below; mount --bind / /tmp/below")
+    t.assertEqual(machine.succeed("ls -A /tmp/below/data", "umount /tmp/below"), "")
+
+with subtest("Each has the URL that the module says it has"):
+    for name, uri in booted["uris"].items():
+        t.assertEqual(machine.succeed(f"layered-stores uri {name}").strip(), uri)
+
+with subtest("Drop-ins are in force"):
+    drop_ins = machine.get_unit_property("layered-storesd.service", "DropInPaths")
+    t.assertEqual(drop_ins, f"{UNITS}/layered-storesd.service.d/overrides.conf")
+    after = machine.get_unit_property("layered-storesd.service", "After").split()
+    t.assertIn("layered-stores-filesystems.target", after)
+    limit = machine.get_unit_property("layered-stores-nix-daemon@ci.service", "MemoryMax")
+    t.assertEqual(limit, str(1024**3))
+    t.assertIn(
+        "CURL_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt",
+        machine.get_unit_property("layered-stores-nix-daemon@ci.service", "Environment"),
+    )
+
+with subtest("Whom remountUsers names may have that store remounted, and nobody else any"):
+    machine.succeed("runuser -u alice -- layered-stores remount ci")
+    machine.fail("runuser -u alice -- layered-stores remount plain")
+    machine.fail("runuser -u bob -- layered-stores remount ci")
+
+with subtest("The next reload finds nothing to do"):
+    before = machine.succeed("findmnt --noheadings --output ID,TARGET --types overlay")
+    machine.succeed("layered-stores reload")
+    t.assertEqual(
+        machine.succeed("findmnt --noheadings --output ID,TARGET --types overlay"), before
+    )
