@@ -74,9 +74,10 @@ def main_pid() -> str:
 
 def wait_for_next_daemon(after: str) -> None:
     """Waits until there is a daemon that is not this process, and it is ready."""
+    # In this order: one that was killed may be active still when it has no process any more.
     machine.wait_until_succeeds(
-        "systemctl is-active --quiet layered-storesd && "
-        f"test $(systemctl show -P MainPID layered-storesd) != {after}",
+        "pid=$(systemctl show -P MainPID layered-storesd); "
+        f"test $pid != 0 && test $pid != {after} && systemctl is-active --quiet layered-storesd",
         timeout=60,
     )
 
@@ -117,7 +118,8 @@ SWAP = "fspick fsopen fsconfig fsmount move_mount umount2"
 # not reload anything.
 machine.succeed(
     r"""
-    sed -e '/^BusName=/d; /^SystemCallFilter=/d; s/^Restart=.*/Restart=no/; s/^Type=.*/Type=notify/' \
+    sed -e '/^BusName=/d; /^SystemCallFilter=/d' \
+        -e 's/^Restart=.*/Restart=no/; s/^Type=.*/Type=notify/' \
         -e 's|^ExecStart=|&strace -f -qq -o /dev/null $KILL |' \
         -e '/^\[Service\]/a NotifyAccess=all\nEnvironmentFile=/run/doomed' \
         "$(systemctl show -P FragmentPath layered-storesd)" >/run/systemd/system/doomed.service

@@ -35,8 +35,9 @@ const SETTLE_ATTEMPTS: u32 = 100;
 const SETTLE_PAUSE: Duration = Duration::from_millis(100);
 
 /// How often a unit of the same name has to be met before it counts as somebody else's. One of ours that systemd was about
-/// to unload loses its file between the call and the look at it.
-const FOREIGN_ATTEMPTS: u32 = 3;
+/// to unload loses its file between the call and the look at it, and systemd keeps a unit for a mount that is gone until it
+/// has noticed.
+const FOREIGN_ATTEMPTS: u32 = 15;
 
 /// What came of a job (`result` of `JobRemoved`).
 #[derive(Clone, Debug, PartialEq, Eq)]
