@@ -25,7 +25,7 @@ CARGO ?= cargo
 INSTALL ?= install
 
 executables := layered-stores layered-storesd layered-stores-remount
-units := layered-storesd.service layered-stores-wait.service layered-stores.target
+units := layered-storesd.service layered-stores-wait.service layered-stores.target layered-stores-nix-daemon@.service
 interfaces := $(notdir $(wildcard data/org.layeredstores1.*.xml))
 documents := $(wildcard README.md CHANGELOG.md LICENSE-MIT LICENSE-APACHE)
 
@@ -35,7 +35,7 @@ venv := target/venv/bin
 shell_scripts = $(shell find . \( -path ./target -o -path ./.git \) -prune -o -type f -exec \
 	awk 'FNR == 1 { if (/^\#!.*[\/ ](bash|dash|sh)$$/) print FILENAME; nextfile }' {} +)
 # The driver and the scenarios have a check of their own.
-python_scripts = tools/check-layers $(wildcard demo/*.py benches/*.py)
+python_scripts = tools/check-docs tools/check-layers tools/dbus-reference $(wildcard demo/*.py benches/*.py)
 xml_files = $(wildcard data/*.xml data/*.conf data/*.policy)
 
 # For every recipe: programs that rustup and Debian put elsewhere, the driver of the test machines, and no bytecode in
@@ -49,7 +49,7 @@ heading = @printf '\n==> %s\n'
 .DEFAULT_GOAL := help
 # Steps follow one another, so that the first failure is the last thing on the screen.
 .NOTPARALLEL:
-.PHONY: help build install uninstall lint audit test test-unit test-scenarios demo bench clean setup-test
+.PHONY: help build install uninstall deb docs lint audit test test-unit test-scenarios demo bench clean setup-test
 
 help: ## this list
 	@echo 'make TARGET, where TARGET is'
@@ -122,10 +122,22 @@ uninstall: ## what install installed; stores and their configuration stay
 	rm -f $(DESTDIR)$(FISHCOMPLETIONDIR)/layered-stores.fish
 	rm -rf $(DESTDIR)$(DOCDIR)
 
+# What is in the package is what install makes, so there is one list of files.
+deb: ## a Debian package, into target/debian
+	@tools/setup deb
+	rm -rf target/deb-root
+	@$(MAKE) --no-print-directory install DESTDIR="$(CURDIR)/target/deb-root" PREFIX=/usr
+	cargo-deb --no-build --no-strip --quiet --output target/debian/
+
+docs: ## the manual as a book, into target/book
+	@tools/setup docs
+	mdbook build docs
+	@echo 'written: target/book/index.html'
+
 setup-test:
 	@tools/setup test
 
-lint: setup-test ## formatting, clippy, dependencies, layers, spelling, shell, Python, XML
+lint: setup-test ## formatting, clippy, dependencies, layers, documents, spelling, shell, Python, XML
 	$(heading) 'lint: formatting'
 	$(CARGO) fmt --check
 	$(heading) 'lint: clippy'
@@ -137,6 +149,9 @@ lint: setup-test ## formatting, clippy, dependencies, layers, spelling, shell, P
 	$(heading) 'lint: layers'
 	tools/check-layers --self-test
 	tools/check-layers
+	$(heading) 'lint: documents'
+	tools/check-docs --self-test
+	tools/check-docs
 	$(heading) 'lint: spelling'
 	$(venv)/typos
 	$(heading) 'lint: shell'

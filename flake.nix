@@ -24,6 +24,7 @@
       packages = eachSystem (pkgs: rec {
         layered-stores = pkgs.callPackage ./nix/package.nix { };
         default = layered-stores;
+        docs = pkgs.callPackage ./nix/docs.nix { };
         option-reference = (import ./nix/checks.nix { inherit pkgs; }).optionReference;
       });
 
