@@ -137,7 +137,7 @@ docs: ## the manual as a book, into target/book
 setup-test:
 	@tools/setup test
 
-lint: setup-test ## formatting, clippy, dependencies, layers, documents, spelling, shell, Python, XML
+lint: setup-test ## formatting, clippy, dependencies, layers, documents, spelling, shell, Python, Nix, XML
 	$(heading) 'lint: formatting'
 	$(CARGO) fmt --check
 	$(heading) 'lint: clippy'
@@ -162,6 +162,8 @@ lint: setup-test ## formatting, clippy, dependencies, layers, documents, spellin
 	MYPYPATH=nixos-tests $(venv)/mypy --strict --scripts-are-modules --no-error-summary --python-version=3.11 \
 		--cache-dir=target/mypy $(python_scripts)
 	python3 -m driver check
+	$(heading) 'lint: Nix'
+	nix/check-format
 	$(heading) 'lint: XML'
 	python3 -c 'import sys, xml.dom.minidom as xml; [xml.parse(file) for file in sys.argv[1:]]' $(xml_files)
 

@@ -106,6 +106,9 @@ with subtest("Two users share it, one of them through a group"):
     # What both want is built once.
     assert build("bob", "from-alice", "echo made by alice > $out") == built
 
+with subtest("Inside of the store a user's Nix uses its daemon"):
+    machine.succeed(as_user("alice", f"layered-stores enter ci -- nix path-info {built}"))
+
 with subtest("Nobody else gets in"):
     machine.fail(build_command("nobody", "from-nobody", "echo > $out"))
     machine.succeed(f"journalctl --boot -u '{SERVICE}' | grep \"'nobody' is not allowed\"")

@@ -4,7 +4,7 @@ use std::{
     ffi::OsString,
     fs,
     io::{self, ErrorKind},
-    os::unix::process::CommandExt,
+    os::unix::{fs::MetadataExt as _, process::CommandExt as _},
     path::Path,
     process::Command,
 };
@@ -63,13 +63,19 @@ fn try_enter(store: &Properties, command: Vec<OsString>) -> Result<std::convert:
 
     let mut command = command.into_iter();
     let program = command.next().unwrap_or_else(|| std::env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into()));
+    // Only root and the owner can write to the database. Whether others may use the daemon is for Nix to say.
+    let through_daemon = !store.daemon_uri.is_empty() && !uid.is_root() && !owns(&store.upper_layer, uid.as_raw());
     let error = Command::new(&program)
         .args(command)
         // Nix itself must not take the merged directory for a plain store: it would delete through the overlay.
-        .env("NIX_REMOTE", &store.store_uri)
+        .env("NIX_REMOTE", if through_daemon { &store.daemon_uri } else { &store.store_uri })
         .env("LAYERED_STORE", &store.name)
         .exec();
     Err(EnterError::Exec { command: program, error })
+}
+
+fn owns(path: &str, uid: u32) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.uid() == uid)
 }
 
 /// Keeps user and group what they are inside a new user namespace (user_namespaces(7)).
