@@ -16,6 +16,9 @@ use crate::store::{AbsolutePath, Ephemeral};
 
 const KEY: &str = "ephemeral-size";
 
+/// `TMPFS_MAGIC` of `linux/magic.h`.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
 /// What the mount table shows as the source of our filesystems.
 const SOURCE: &str = "layered-stores";
 
@@ -53,6 +56,11 @@ pub(super) fn ensure(ephemeral: &Ephemeral) -> Result<(), LayersError> {
 /// Whether `directory` lies on a filesystem that was made for an ephemeral store: the store was one until its declaration
 /// changed.
 pub(super) fn left_over(directory: &AbsolutePath) -> Result<Option<AbsolutePath>, LayersError> {
+    // Next to all are not in memory, and the mount table is long when there are many.
+    let existing = directory.as_path().ancestors().find_map(|at| rustix::fs::statfs(at).ok());
+    if existing.is_none_or(|stat| stat.f_type as u64 != TMPFS_MAGIC) {
+        return Ok(None);
+    }
     for at in directory.as_path().ancestors().skip(1) {
         let Some(at) = at.to_str().and_then(|at| at.parse::<AbsolutePath>().ok()) else { break };
         if is_ours(&at)? {
