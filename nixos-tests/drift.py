@@ -261,7 +261,9 @@ with subtest("Mounted by hand with options that make changes of layers dangerous
     assert status()["state"] == "active"
     assert list(problems()) == ["mount-options"], problems()
     machine.succeed(f"umount {MERGED}")
-    machine.wait_until_succeeds("layered-stores status ci", timeout=5)
+    # It is made once systemd has noticed that the other mount is gone.
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=5)
+    wait_for_state("active")
     is_usable()
 
 with subtest("The lower store grows and shrinks under it"):
@@ -308,6 +310,49 @@ with subtest("The lower store is gone for a while"):
     # It is tried again by itself.
     machine.succeed(f"mv {LOWER}.away {LOWER}")
     wait_for_state("active", timeout=30)
+    is_usable()
+
+# Depended on
+
+with subtest("What depends on the store's unit comes after it and goes with it"):
+    machine.succeed("layered-stores stop ci")
+    for name, dependency in [
+        ("after", f"After={UNIT}"),
+        ("needs", f"RequiresMountsFor={MERGED}"),
+        ("bound", f"BindsTo={UNIT}\nAfter={UNIT}"),
+    ]:
+        service = f"[Unit]\n{dependency}\n[Service]\nExecStart=/bin/sleep 1000"
+        machine.succeed(f"printf '{service}\n' >/run/systemd/system/{name}.service")
+    # Running while there is no such unit yet, this one makes systemd remember that.
+    machine.succeed("systemctl start after")
+    assert machine.succeed(f"systemctl show -P LoadState {UNIT}") == "not-found\n"
+    machine.succeed("layered-stores start ci", "systemctl start needs bound")
+    is_usable()
+    assert machine.succeed(f"systemctl show -P Description {UNIT}") == "Layered Nix store ci\n"
+    requires = machine.succeed(f"systemctl show -P RequiresMountsFor {UNIT}").split()
+    assert f"{LOWER}/nix/store" in requires, requires
+    machine.succeed(f"systemctl show -P After needs | grep -wF {UNIT}")
+    for name in ["needs", "bound"]:
+        machine.require_unit_state(f"{name}.service")
+    machine.succeed(f"systemctl stop {UNIT}")
+    for name in ["needs", "bound"]:
+        machine.wait_until_fails(f"systemctl is-active --quiet {name}", timeout=5)
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=5)
+    wait_for_state("active")
+    is_usable()
+
+with subtest("What systemd keeps of a mount made by hand is not in the way of the store's own"):
+    machine.succeed("layered-stores stop ci", f"mount -t overlay overlay -o {OPTIONS} {MERGED}")
+    # after.service keeps the unit loaded, without a file.
+    machine.wait_until_succeeds(f"systemctl is-active --quiet {UNIT}", timeout=5)
+    machine.succeed(f"umount {MERGED}", "layered-stores start ci", timeout=20)
+    is_usable()
+    assert machine.succeed(f"systemctl show -P Description {UNIT}") == "Layered Nix store ci\n"
+    machine.succeed(
+        "systemctl stop after",
+        "rm /run/systemd/system/{after,needs,bound}.service",
+        "systemctl daemon-reload",
+    )
     is_usable()
 
 # Shutdown

@@ -111,7 +111,9 @@ PREPARE = "mkdirat fchown fchmod renameat2 fsetxattr fremovexattr flock ioctl"
 RECORD = "mkdir rename fsync"
 THREADS = "unshare setns inotify_add_watch"
 TALK = "sendmsg recvmsg"
-SWAP = "fspick fsopen fsconfig fsmount move_mount umount2"
+UNIT_FILE = "linkat utimensat"
+MOUNT = "fsopen fsconfig fsmount move_mount"
+SWAP = f"fspick {MOUNT} umount2"
 
 # doomed.service is the daemon as it is, hardening included, under a strace that kills it. strace
 # needs ptrace(2), which the filter of system calls is there to keep away from the daemon, and does
@@ -200,18 +202,22 @@ with subtest("Killed while it brings a store up for the first time"):
     chattr -f -i {MERGED} || true
     rm -rf /srv/ci /var/lib/layered-stores/known /run/layered-stores/*
     """
-    kills += kill_at_every(f"{PREPARE} {RECORD} {THREADS}", nothing_there, "true", UP)
+    kills += kill_at_every(
+        f"{PREPARE} {RECORD} {THREADS} {UNIT_FILE} {MOUNT}", nothing_there, "true", UP
+    )
     machine.succeed(f"systemctl stop layered-storesd\n{nothing_there}\nmv /srv/kept /srv/ci")
     machine.succeed(f"systemctl start layered-storesd\n{UP_WITH_DATA}")
 
 with subtest("Killed while it brings a store up that has data, as after a reboot"):
     as_after_a_reboot = f"{UNMOUNT}\nrm /run/layered-stores/*"
-    kills += kill_at_every(f"flock rename {TALK}", as_after_a_reboot, "true", UP_WITH_DATA)
+    kills += kill_at_every(
+        f"flock rename {UNIT_FILE} {MOUNT} {TALK}", as_after_a_reboot, "true", UP_WITH_DATA
+    )
 
 with subtest("Killed while it takes a store over, and while it stops it"):
     # The bus must not start the next daemon for this call: it would do what it is asked for.
     stop = f"busctl --auto-start=no call {STORE} Stop"
-    kills += kill_at_every(f"flock {TALK}", "", stop, UP_WITH_DATA)
+    kills += kill_at_every(f"flock unlink {TALK}", "", stop, UP_WITH_DATA)
 
 with subtest("Killed while it slides a fresh superblock under a store"):
     # A path in both layers, held open while it is deleted: a reconfigure does not help there.
@@ -247,7 +253,9 @@ with subtest("Killed while it makes a store anew whose declaration has changed")
     wanted=$(sed -n 's/^work-dir = "\\(.*\\)"/\\1/p' {CONFIG})
     grep -q "^overlay {MERGED} .*,workdir=$wanted[, ]" /proc/self/mounts
     """
-    kills += kill_at_every("ioctl rename renameat2 sendmsg", change, "true", changed)
+    kills += kill_at_every(
+        f"ioctl rename renameat2 unlink {UNIT_FILE} {MOUNT} sendmsg", change, "true", changed
+    )
     machine.succeed(f"sed -i s:/srv/ci/other-work:/srv/ci/work: {CONFIG}")
     machine.succeed(f"systemctl restart layered-storesd\n{changed}")
 
@@ -262,6 +270,7 @@ with subtest("Killed while it takes down a store that is declared no more"):
     gone = f"""
     test -z "$(layered-stores list)"
     test -z "$(systemctl list-units --all --plain --no-legend {UNIT})"
+    test ! -e /run/systemd/system/{UNIT}
     test -z "$(ls -A /var/lib/layered-stores/known)"
     grep -q above {UPPER}/{above.removeprefix("/nix/store/")}
     touch {MERGED}/.writable

@@ -7,6 +7,7 @@ mod ephemeral;
 pub mod holders;
 pub mod host;
 pub mod layers;
+pub mod mount;
 pub mod mountinfo;
 pub mod options;
 pub mod probe;

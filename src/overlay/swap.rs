@@ -14,10 +14,10 @@ use rustix::{
 };
 
 use super::{
-    context::{ContextError, FsContext, is_overlay, refer_to},
-    options::{mount_attributes, superblock_options},
+    context::{ContextError, FsContext, refer_to},
+    mount::fresh_mount,
 };
-use crate::store::{AbsolutePath, Layers, MAX_DEPTH};
+use crate::store::{AbsolutePath, Layers};
 
 /// Why a swap was not made. The old mount is in place and as it was.
 #[derive(Debug, thiserror::Error)]
@@ -74,30 +74,6 @@ pub fn swap(layers: &Layers) -> Result<OldMount, SwapError> {
 pub fn detach_top(merged: &AbsolutePath) -> Result<(), SwapError> {
     let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
     rustix::mount::unmount(merged.as_str(), flags).map_err(|errno| SwapError::Detach(merged.clone(), errno))
-}
-
-/// Why the kernel does not make an overlay of these layers; `None` if it does.
-///
-/// That overlays are stacked too deep it tells nobody but its own log, so that case is guessed from the lower directory.
-pub fn why_not(layers: &Layers) -> Option<String> {
-    let error = fresh_mount(layers).err()?;
-    let lower = &layers.lower;
-    if error.errno() == Errno::INVAL && is_overlay(lower.as_str()) {
-        return Some(format!(
-            "lower-store: {lower} is on an overlay already, and the kernel stacks at most {MAX_DEPTH} overlays; use the \
-             lower store of the one below"
-        ));
-    }
-    Some(error.to_string())
-}
-
-fn fresh_mount(layers: &Layers) -> Result<OwnedFd, ContextError> {
-    let context = FsContext::open("overlay")?;
-    context.set("source", "overlay")?;
-    for (key, value) in superblock_options(layers) {
-        context.set(key, value)?;
-    }
-    context.mount(mount_attributes(layers))
 }
 
 impl OldMount {

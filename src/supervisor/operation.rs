@@ -2,21 +2,22 @@
 //!
 //! Each can be interrupted anywhere and made again. Parts that block run on threads in PID 1's mount namespace.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 
 use super::{nix_daemon, record::Records};
 use crate::{
     overlay::{
         holders::holders,
         layers::{self, LayersError, UpperLock},
+        mount::{self, MountError},
         mountinfo::{MountState, MountTable},
         probe::{self, Stale},
         refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
         swap::{self, OldMount, OldSuperblock, SwapError},
         watch::{WatchError, Watches},
     },
-    store::StoreSpec,
-    systemd::{SocketError, UnitError, Units},
+    store::{MountUnitName, StoreSpec},
+    systemd::{Clear, Seen, SocketError, UnitError, Units, mount_unit},
 };
 
 /// What operations work with.
@@ -34,10 +35,12 @@ pub(super) enum OperationError {
     Layers(#[from] LayersError),
     #[error(transparent)]
     Unit(#[from] UnitError),
-    #[error("{unit}{}", .detail.as_ref().map(|d| format!(" — {d}")).unwrap_or_default())]
-    Mount { unit: UnitError, detail: Option<String> },
-    #[error("{}", in_use(.unit, .holders))]
-    Unmount { unit: UnitError, holders: Vec<String> },
+    #[error("cannot write the unit file of {unit}: {source}")]
+    UnitFile { unit: MountUnitName, source: io::Error },
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error("{}", in_use(.why, .holders))]
+    Unmount { why: String, holders: Vec<String> },
     #[error(transparent)]
     Record(#[from] super::record::RecordError),
     #[error(transparent)]
@@ -47,15 +50,15 @@ pub(super) enum OperationError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error("cannot write {}: {source}", .file.display())]
-    NixConf { file: PathBuf, source: std::io::Error },
+    NixConf { file: PathBuf, source: io::Error },
     #[error("cannot read the mount table: {0}")]
-    MountTable(std::io::Error),
+    MountTable(io::Error),
     #[error("an operation panicked: {0}")]
     Panic(String),
 }
 
-fn in_use(unit: &UnitError, holders: &[String]) -> String {
-    if holders.is_empty() { unit.to_string() } else { format!("it is used by {}", holders.join(", ")) }
+fn in_use(why: &str, holders: &[String]) -> String {
+    if holders.is_empty() { why.to_owned() } else { format!("it is used by {}", holders.join(", ")) }
 }
 
 /// A store that was brought up or taken over.
@@ -78,12 +81,17 @@ pub(super) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(OperationError::Panic(error.to_string())))
 }
 
-/// Brings a store up that is not mounted, until its mount unit's job is done. Whether the mount is what it should be, only a
-/// look at the mount table tells, which the engine takes for many stores at a time.
+/// Brings a store up that is not mounted, until systemd has seen it. Whether the mount is what it should be, only a look at
+/// the mount table tells, which the engine takes for many stores at a time.
+///
+/// The mount is made here and not by systemd, which would run mount(8) for each. Of what systemd has to know, the unit file
+/// comes first: it is loaded when the mount shows up.
 pub(super) async fn start(tools: Tools, spec: Arc<StoreSpec>, lock: Option<UpperLock>) -> Result<Up, OperationError> {
+    let unit = &spec.mount_unit;
     let prepare = {
         let (tools, spec) = (tools.clone(), Arc::clone(&spec));
         move || {
+            tools.units.refuse_foreign(&spec.mount_unit)?;
             tools.records.remember(&spec)?;
             drop(lock);
             let lock = layers::prepare(&spec)?;
@@ -93,31 +101,56 @@ pub(super) async fn start(tools: Tools, spec: Arc<StoreSpec>, lock: Option<Upper
         }
     };
     let (lock, unwatched, fingerprint) = blocking(prepare).await?;
-    let is_mounted = || {
-        let look = blocking({
-            let spec = Arc::clone(&spec);
-            move || mount_state(&spec)
-        });
-        async { look.await.is_ok_and(|state| matches!(state, MountState::Mounted { .. })) }
-    };
-    match tools.units.start(&spec, is_mounted).await {
-        Ok(()) => {}
-        Err(unit @ UnitError::Job { .. }) => return Err(explain(unit, spec).await),
-        Err(error) => return Err(error.into()),
-    }
-    blocking(move || {
-        if let Some(fingerprint) = fingerprint {
-            tools.records.keep_fingerprint(&spec.name, &fingerprint);
+    let clear = tools.units.clear(unit, || is_mounted(Arc::clone(&spec))).await?;
+    if clear == Clear::ToBeLoaded {
+        let written = Arc::clone(&spec);
+        blocking(move || write_unit(&written)).await?;
+        if let Err(error) = tools.units.load(unit).await {
+            remove_unit(&spec).await;
+            return Err(error.into());
         }
-        let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
-        let served = is_served(&tools, &spec);
-        Ok(Up { lock: Some(lock), changes: Changes::default(), owner_uid, unwatched, served })
+    }
+    let mount = {
+        let (tools, spec) = (tools.clone(), Arc::clone(&spec));
+        move || {
+            if clear != Clear::Mounted {
+                write_unit(&spec)?;
+                mount::mount(&spec.layers).inspect_err(|_| mount_unit::remove(&spec.mount_unit))?;
+            }
+            if let Some(fingerprint) = fingerprint {
+                tools.records.keep_fingerprint(&spec.name, &fingerprint);
+            }
+            let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
+            let served = is_served(&tools, &spec);
+            Ok(Up { lock: Some(lock), changes: Changes::default(), owner_uid, unwatched, served })
+        }
+    };
+    let up = blocking(mount).await?;
+    if clear == Clear::Mounted {
+        return Ok(up);
+    }
+    let error = match tools.units.seen(unit, || is_mounted(Arc::clone(&spec))).await {
+        Ok(Seen::Ours | Seen::Gone) => return Ok(up),
+        Ok(Seen::NotOurs) => UnitError::Exists(unit.clone()),
+        Err(error) => error,
+    };
+    // Nobody was told that it is up.
+    blocking(move || {
+        take_down(&spec)?;
+        Err(error.into())
     })
     .await
 }
 
 /// Takes over a mount that is right already.
 pub(super) async fn adopt(tools: Tools, spec: Arc<StoreSpec>, locked: bool) -> Result<Up, OperationError> {
+    // A daemon that was killed may have left a unit file without a mount, and somebody may have mounted it by hand since.
+    let unit = &spec.mount_unit;
+    if mount_unit::is_ours(unit)
+        && let Ok(Seen::NotOurs) = tools.units.seen(unit, || is_mounted(Arc::clone(&spec))).await
+    {
+        remove_unit(&spec).await;
+    }
     blocking(move || {
         let lock = if locked { None } else { Some(layers::lock(&spec)?) };
         tools.records.remember(&spec)?;
@@ -138,20 +171,20 @@ fn is_served(tools: &Tools, spec: &StoreSpec) -> bool {
 
 /// Takes a store down.
 pub(super) async fn stop(tools: Tools, spec: Arc<StoreSpec>) -> Result<(), OperationError> {
-    match tools.units.stop(&spec.mount_unit).await {
-        Ok(()) => {
-            tools.watches.remove(&spec.name);
-            Ok(())
-        }
-        Err(unit @ UnitError::Job { .. }) => {
-            blocking(move || {
+    let stopped = tools.units.stop(&spec.mount_unit).await;
+    blocking(move || {
+        match stopped {
+            Ok(()) => take_down(&spec)?,
+            Err(unit @ UnitError::Job { .. }) => {
                 let holders = holders(&spec.layers.merged);
-                Err(OperationError::Unmount { unit, holders })
-            })
-            .await
+                return Err(OperationError::Unmount { why: unit.to_string(), holders });
+            }
+            Err(error) => return Err(error.into()),
         }
-        Err(error) => Err(error.into()),
-    }
+        tools.watches.remove(&spec.name);
+        Ok(())
+    })
+    .await
 }
 
 /// Takes the upper of two mounts away.
@@ -163,6 +196,8 @@ pub(super) async fn finish_swap(spec: Arc<StoreSpec>) -> Result<(), OperationErr
 pub(super) async fn release(tools: Tools, spec: Arc<StoreSpec>, forget: bool) -> Result<(), OperationError> {
     blocking(move || {
         tools.watches.remove(&spec.name);
+        // What a daemon that was killed did not come to.
+        mount_unit::remove(&spec.mount_unit);
         layers::release_mount_point(&spec.layers.merged)?;
         if forget {
             tools.records.forget(&spec.name);
@@ -225,10 +260,36 @@ pub(super) async fn verify(spec: Arc<StoreSpec>) -> Result<Vec<Stale>, Operation
     .await
 }
 
-/// Asks the kernel itself why a mount failed: mount(8) says it only in the journal.
-async fn explain(unit: UnitError, spec: Arc<StoreSpec>) -> OperationError {
-    let detail = blocking(move || Ok(swap::why_not(&spec.layers))).await.ok().flatten();
-    OperationError::Mount { unit, detail }
+fn write_unit(spec: &StoreSpec) -> Result<(), OperationError> {
+    mount_unit::write(spec).map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => UnitError::Exists(spec.mount_unit.clone()).into(),
+        _ => OperationError::UnitFile { unit: spec.mount_unit.clone(), source },
+    })
+}
+
+async fn remove_unit(spec: &Arc<StoreSpec>) {
+    let spec = Arc::clone(spec);
+    let _ = blocking(move || {
+        mount_unit::remove(&spec.mount_unit);
+        Ok(())
+    })
+    .await;
+}
+
+/// Unmounts a store as far as systemd has not done that, and removes its unit file.
+fn take_down(spec: &StoreSpec) -> Result<(), OperationError> {
+    let merged = &spec.layers.merged;
+    // systemd need not have seen a mount that a daemon made just before it was killed.
+    if mount::is_mount_point(merged) && matches!(mount_state(spec)?, MountState::Mounted { .. }) {
+        mount::unmount(merged)
+            .map_err(|error| OperationError::Unmount { why: error.to_string(), holders: holders(merged) })?;
+    }
+    mount_unit::remove(&spec.mount_unit);
+    Ok(())
+}
+
+async fn is_mounted(spec: Arc<StoreSpec>) -> bool {
+    blocking(move || mount_state(&spec)).await.is_ok_and(|state| matches!(state, MountState::Mounted { .. }))
 }
 
 fn mount_state(spec: &StoreSpec) -> Result<MountState, OperationError> {

@@ -8,9 +8,9 @@ use zbus::{
 /// Properties of a unit, by name.
 pub(super) type Properties<'a> = Vec<(&'a str, Variant<'a>)>;
 
-/// What `ListUnitsByNames` says of a unit: name, description, load, active and sub state, followed unit, object, and its
-/// job's number, type and object.
-pub(super) type UnitStatus =
+/// What systemd tells of a unit: name, description, load state, active state, sub state, the unit it follows, its object,
+/// and number, type and object of its job.
+pub(super) type ListedUnit =
     (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 #[proxy(
@@ -19,6 +19,15 @@ pub(super) type UnitStatus =
     default_path = "/org/freedesktop/systemd1"
 )]
 pub(super) trait Manager {
+    #[zbus(property)]
+    fn unit_path(&self) -> zbus::Result<Vec<String>>;
+
+    fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<ListedUnit>>;
+
+    fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+
+    fn reload(&self) -> zbus::Result<()>;
+
     fn start_transient_unit(
         &self,
         name: &str,
@@ -30,8 +39,6 @@ pub(super) trait Manager {
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
 
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
-
-    fn list_units_by_names(&self, names: &[&str]) -> zbus::Result<Vec<UnitStatus>>;
 
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
 

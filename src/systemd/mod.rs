@@ -1,10 +1,12 @@
-//! PID 1's side: mount units and their jobs, over D-Bus.
+//! PID 1's side: mount units, what systemd knows of them, their jobs, and sockets, over D-Bus.
 
 mod jobs;
+mod known;
 mod manager;
-mod mount_unit;
+pub mod mount_unit;
 mod socket;
+mod units;
 
-pub use jobs::{JobResult, UnitError, Units};
-pub use mount_unit::is_transient;
+pub use jobs::JobResult;
 pub use socket::{SocketError, socket_unit};
+pub use units::{Clear, Seen, UnitError, Units};

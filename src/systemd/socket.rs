@@ -5,7 +5,10 @@
 
 use zbus::wire::Variant;
 
-use super::jobs::{JobResult, Units, is_named};
+use super::{
+    jobs::JobResult,
+    units::{Units, is_named},
+};
 use crate::store::{MountUnitName, NixDaemon, StoreName};
 
 /// How often a socket that is on its way down, or whose mount systemd has not noticed yet, is waited for.
@@ -49,9 +52,9 @@ impl Units {
         let unit = socket_unit(store);
         for attempt in 1.. {
             let started = {
-                let _call = self.call().await;
+                let _call = self.calls.acquire().await;
                 let properties = properties(store, daemon, mount);
-                self.manager().start_transient_unit(&unit, "fail", properties, &[]).await
+                self.manager.start_transient_unit(&unit, "fail", properties, &[]).await
             };
             let error = match started {
                 Ok(job) => return self.socket_job(job, DOING, unit).await,
@@ -62,8 +65,8 @@ impl Units {
                     return Ok(());
                 }
                 // One that failed keeps its name until it is reset.
-                let _ = self.manager().reset_failed_unit(&unit).await;
-                if was_same && let Ok(job) = self.manager().start_unit(&unit, "fail").await {
+                let _ = self.manager.reset_failed_unit(&unit).await;
+                if was_same && let Ok(job) = self.manager.start_unit(&unit, "fail").await {
                     return self.socket_job(job, DOING, unit).await;
                 }
             }
@@ -94,8 +97,8 @@ impl Units {
     async fn stop_part(&self, unit: String) -> Result<(), SocketError> {
         const DOING: &str = "stop";
         let stopped = {
-            let _call = self.call().await;
-            self.manager().stop_unit(&unit, "replace").await
+            let _call = self.calls.acquire().await;
+            self.manager.stop_unit(&unit, "replace").await
         };
         match stopped {
             Ok(job) => self.socket_job(job, DOING, unit).await,
@@ -105,7 +108,7 @@ impl Units {
     }
 
     async fn is_active(&self, unit: &str) -> bool {
-        let units = self.manager().list_units_by_names(&[unit]).await.unwrap_or_default();
+        let units = self.manager.list_units_by_patterns(&[], &[unit]).await.unwrap_or_default();
         units.iter().any(|(name, _, _, active, ..)| name == unit && active == "active")
     }
 
@@ -115,7 +118,7 @@ impl Units {
         doing: &'static str,
         unit: String,
     ) -> Result<(), SocketError> {
-        match self.result(job).await {
+        match self.jobs.result(job).await {
             Some(JobResult::Done) => Ok(()),
             Some(result) => Err(SocketError::Job(doing, unit, result)),
             None => Err(SocketError::NoAnswer(doing, unit)),

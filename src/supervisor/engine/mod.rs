@@ -197,7 +197,9 @@ impl Engine {
 
     fn look_soon(&mut self) {
         let gather = if self.operations.len() > BURST { GATHER_IN_BURST } else { GATHER };
-        self.look_at.get_or_insert_with(|| Instant::now() + gather);
+        let at = Instant::now() + gather;
+        // What ends a burst is not gathered for.
+        self.look_at = Some(self.look_at.map_or(at, |planned| planned.min(at)));
     }
 
     fn drain_watches(&mut self) {

@@ -18,7 +18,7 @@ use crate::{
         plan::{Action, Lower, Phase, View, Want, plan},
         status::Problem,
     },
-    systemd::is_transient,
+    systemd::mount_unit,
 };
 
 impl Engine {
@@ -66,7 +66,7 @@ impl Engine {
                 MountState::Absent => "nothing there",
                 MountState::Covered { by: what } | MountState::Foreign { what } => what,
             };
-            let reason = format!("the mount unit is up, but the mount table shows {shown}");
+            let reason = format!("it was mounted, but the mount table shows {shown}");
             entry.fail(Problem::StartFailed, reason);
             entry.retry_later(now);
         }
@@ -103,7 +103,7 @@ impl Engine {
             lower,
             respecify: entry.next.is_some(),
             carries,
-            ours: !(goes_down || lower == Lower::Leaving) || is_transient(&entry.spec.mount_unit),
+            ours: !(goes_down || lower == Lower::Leaving) || mount_unit::is_ours(&entry.spec.mount_unit),
             repair: entry.may_repair(now),
             retry: entry.retry,
             phase: &entry.phase,
