@@ -103,7 +103,8 @@ def stop_everything(machine: Machine) -> None:
     # systemd notices an unmount up to a second later; who starts the unit before that has to wait.
     units = "systemctl list-units --no-legend 'var-lib-layered*.mount' 'srv-plain*.mount'"
     machine.wait_until_succeeds(f'test -z "$({units})"')
-    # It looks at the mount table so often in a second and no more: what went before is not to count.
+    # It looks at the mount table so often in a second and no more: what went before must not
+    # count.
     machine.succeed("sleep 1.1")
 
 
