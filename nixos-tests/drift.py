@@ -376,6 +376,9 @@ with subtest("When the machine goes down, so do the mounts, and nobody brings th
         2
     ]
     assert f"Unmounted {UNIT}" in last_words, last_words
+    # What systemd goes on without is no failure: newer ones miss a file of the container's cgroups.
+    words = [line for line in last_words.splitlines() if not line.endswith(": No data available")]
+    last_words = "\n".join(words)
     for sign in [
         "made again",
         f"Mounting {UNIT}",
