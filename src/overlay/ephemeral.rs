@@ -32,7 +32,7 @@ pub(super) fn ensure(ephemeral: &Ephemeral) -> Result<(), LayersError> {
     let Ephemeral { directory, size } = ephemeral;
     let sys = |doing: &'static str| move |errno| LayersError::Sys { key: KEY, doing, at: directory.to_string(), errno };
     let kernel = |error| LayersError::Filesystem { directory: directory.clone(), size: size.clone(), error };
-    if is_ours(directory)? {
+    if is_ours(&read_table(|point| point == directory.as_str())?, directory) {
         let context = FsContext::pick(rustix::fs::CWD, directory.as_str()).map_err(kernel)?;
         return context.set("size", size.as_str()).and_then(|()| context.reconfigure()).map_err(kernel);
     }
@@ -61,19 +61,17 @@ pub(super) fn left_over(directory: &AbsolutePath) -> Result<Option<AbsolutePath>
     if existing.is_none_or(|stat| stat.f_type as u64 != TMPFS_MAGIC) {
         return Ok(None);
     }
-    for at in directory.as_path().ancestors().skip(1) {
-        let Some(at) = at.to_str().and_then(|at| at.parse::<AbsolutePath>().ok()) else { break };
-        if is_ours(&at)? {
-            return Ok(Some(at));
-        }
-    }
-    Ok(None)
+    let table = read_table(|point| directory.as_path().starts_with(point))?;
+    let mut above = directory.as_path().ancestors().skip(1).filter_map(|at| at.to_str()?.parse().ok());
+    Ok(above.find(|at| is_ours(&table, at)))
 }
 
-fn is_ours(directory: &AbsolutePath) -> Result<bool, LayersError> {
-    let table = MountTable::read(|point| point == directory.as_str());
-    let table = table.map_err(|source| LayersError::MountTable { key: KEY, source })?;
-    Ok(table.top(directory.as_str()).is_some_and(|mount| mount.fs_type == "tmpfs" && mount.source == SOURCE))
+fn read_table(is_of_interest: impl Fn(&str) -> bool) -> Result<MountTable, LayersError> {
+    MountTable::read(is_of_interest).map_err(|source| LayersError::MountTable { key: KEY, source })
+}
+
+fn is_ours(table: &MountTable, at: &AbsolutePath) -> bool {
+    table.top(at.as_str()).is_some_and(|mount| mount.fs_type == "tmpfs" && mount.source == SOURCE)
 }
 
 fn bare_directory(directory: &AbsolutePath) -> Result<OwnedFd, LayersError> {

@@ -36,9 +36,7 @@ pub(super) async fn serve(tools: Tools, spec: Arc<StoreSpec>) -> Result<(), Oper
     let Some(daemon) = &spec.daemon else {
         tools.units.stop_socket(&spec.name).await?;
         return blocking(move || {
-            // Left behind, it would be removed the next time.
-            let _ = fs::remove_file(&file);
-            let _ = file.parent().map(fs::remove_dir);
+            remove(tools.records.runtime(), &spec.name);
             Ok(())
         })
         .await;
@@ -56,6 +54,12 @@ pub(super) async fn serve(tools: Tools, spec: Arc<StoreSpec>) -> Result<(), Oper
         }
     }
     Ok(tools.units.start_socket(&spec.name, daemon, &spec.mount_unit, socket_was_same).await?)
+}
+
+/// Removes the settings. Left behind, they would be removed the next time.
+pub(super) fn remove(runtime: &Path, name: &StoreName) {
+    let _ = fs::remove_file(nix_conf(runtime, name));
+    let _ = fs::remove_dir(directory(runtime, name));
 }
 
 fn text(daemon: &NixDaemon, spec: &StoreSpec) -> String {

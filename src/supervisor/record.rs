@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::nix_daemon::nix_conf;
+use super::nix_daemon;
 use crate::{
     overlay::refresh::Fingerprint,
     store::{StoreName, StoreSpec},
@@ -77,9 +77,7 @@ impl Records {
         // A record that stays is read again at the next start and forgotten then.
         let _ = fs::remove_file(self.known_path(name));
         let _ = fs::remove_file(self.runtime_path(name));
-        let nix_conf = nix_conf(&self.runtime, name);
-        let _ = fs::remove_file(&nix_conf);
-        let _ = nix_conf.parent().map(fs::remove_dir);
+        nix_daemon::remove(&self.runtime, name);
     }
 
     /// Keeps a fingerprint until the next boot. Losing it costs a look at every path, no more.

@@ -8,5 +8,5 @@ mod socket;
 mod units;
 
 pub use jobs::JobResult;
-pub use socket::{SocketError, socket_unit};
+pub use socket::SocketError;
 pub use units::{Clear, Seen, UnitError, Units};

@@ -30,7 +30,7 @@ pub enum SocketError {
 }
 
 /// The socket unit of a store's Nix daemon.
-pub fn socket_unit(store: &StoreName) -> String {
+fn socket_unit(store: &StoreName) -> String {
     format!("layered-stores-nix-daemon@{store}.socket")
 }
 
