@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use layered_stores::overlay::refresh::reconfigure;
+use layered_stores_overlay::refresh::reconfigure;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -26,6 +26,41 @@ OPTIONS = (
     "nosuid,nodev,lowerdir={lower},upperdir={upper},workdir={work}"
     ",index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off"
 )
+# Looks for paths before they come into the lower store, and says how many microseconds after that
+# each is found in the merged directory.
+FINDER = f"""
+import os, sys, time
+for number in range(int(sys.argv[1])):
+    name = f"{{number:032d}}-awaited"
+    found = "{STORES}/s0/root/nix/store/" + name
+    if os.path.exists(found):
+        raise SystemExit(f"{{name}} is there already")
+    os.mkdir("{LOWER}/nix/store/" + name)
+    began = time.monotonic()
+    while not os.path.exists(found):
+        time.sleep(0.0005)
+    print(int((time.monotonic() - began) * 1e6))
+    time.sleep(0.01)
+"""
+# Writes paths into the lower store as fast as it can, as a host that builds does, and takes the
+# oldest away again, for the disk is not without end. The machine's Python has no shutil.
+FILLER = f"""
+import os
+number = 0
+while not os.path.exists("/run/filled"):
+    path = f"{LOWER}/nix/store/{{number:032d}}-built"
+    os.mkdir(path)
+    for file in range(50):
+        with open(f"{{path}}/{{file}}", "w") as content:
+            content.write("x" * 4096)
+    number += 1
+    if number > 500:
+        oldest = f"{LOWER}/nix/store/{{number - 501:032d}}-built"
+        for file in range(50):
+            os.remove(f"{{oldest}}/{{file}}")
+        os.rmdir(oldest)
+print(number)
+"""
 
 
 def build_measure() -> Path:
@@ -176,6 +211,43 @@ def bench_start(machine: Machine, number: int, rounds: int) -> dict[str, object]
     }
 
 
+def processor_time(machine: Machine) -> float:
+    """Seconds that the daemon has had of a processor."""
+    stat = machine.succeed("cat /proc/$(pidof layered-storesd)/stat").rpartition(")")[2].split()
+    return (int(stat[11]) + int(stat[12])) / 100
+
+
+def bench_new_path(machine: Machine, number: int, rounds: int) -> tuple[str, ...]:
+    """The time until a path of the lower store that was looked for before is found."""
+    configure(machine, number)
+    machine.succeed("systemctl restart layered-storesd; rm -f /run/filled")
+    machine.succeed(f"cat >/root/finder.py <<'END'\n{FINDER}END\n")
+    machine.succeed(f"cat >/root/filler.py <<'END'\n{FILLER}END\n")
+    cells = [str(number)]
+    for busy in (False, True):
+        if busy:
+            machine.succeed(
+                "systemd-run --quiet --unit=filler -p RemainAfterExit=yes "
+                "-p StandardOutput=truncate:/run/filler.said python3 /root/filler.py"
+            )
+        before, began = processor_time(machine), time.monotonic()
+        output = machine.succeed(f"python3 /root/finder.py {rounds}", timeout=3600)
+        share = (processor_time(machine) - before) / (time.monotonic() - began)
+        times = sorted(int(line) / 1000 for line in output.split())
+        cells += [f"{median(times):.2f}", f"{times[len(times) * 95 // 100]:.2f}", f"{share:.0%}"]
+        if busy:
+            elapsed = time.monotonic() - began
+            machine.succeed("touch /run/filled")
+            over = "systemctl show -P SubState filler | grep -E 'exited|failed'"
+            machine.wait_until_succeeds(over)
+            cells.append(f"{int(machine.succeed('cat /run/filler.said')) / elapsed:.0f}")
+            machine.succeed("systemctl stop filler")
+        machine.succeed(f"rm -r {LOWER}/nix/store/*-awaited")
+    machine.succeed(f"find {LOWER}/nix/store -name '*-built' -prune -exec rm -r {{}} +")
+    stop_everything(machine)
+    return tuple(cells)
+
+
 def describe(machine: Machine) -> None:
     versions = machine.succeed(
         "systemctl --version | head -n 1; mount --version; dbus-daemon --version | head -n 1"
@@ -190,6 +262,8 @@ def main() -> int:
     arguments.add_argument("--stores", type=int, nargs="+", default=[1, 10, 100, 1000])
     arguments.add_argument("--rounds", type=int, default=5, help="rounds of the start measurements")
     arguments.add_argument("--hook-rounds", type=int, default=1000)
+    arguments.add_argument("--new-path-rounds", type=int, default=200)
+    arguments.add_argument("--only-new-path", action="store_true", help="leave all else out")
     options = arguments.parse_args()
 
     measure = build_measure()
@@ -199,6 +273,20 @@ def main() -> int:
             f"chmod +x /root/measure; nix-store --store {LOWER} --init; mkdir -p {LOWER}/nix/store"
         )
         describe(machine)
+        rows = [
+            bench_new_path(machine, number, options.new_path_rounds)
+            for number in options.stores
+            if number <= 100
+        ]
+        print("\n### Time until a new path of the lower store is found that was looked for, ms\n")
+        found = ("median", "95th percentile", "daemon's processor")
+        building = tuple(f"{cell}, host builds" for cell in found)
+        print(row("stores", *found, *building, "paths a second"))
+        print(row(*["---:"] * 8))
+        for cells in rows:
+            print(row(*cells))
+        if options.only_new_path:
+            return 0
         configure(machine, 1)
         machine.succeed("systemctl start layered-storesd")
         bench_hook(machine, options.hook_rounds)

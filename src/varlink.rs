@@ -1,18 +1,18 @@
-//! The way of the remount hook to the daemon: one call over a socket of our own, in the varlink protocol (varlink.org).
-//!
-//! The hook is what people wait for in every garbage collection, and most of its time would go into becoming a client of the
-//! message bus. Root and a store's owner, whom the kernel vouches for (`SO_PEERCRED`), can ask here instead; everybody else is
-//! sent to the bus, where polkit decides. `varlinkctl call /run/layered-stores/org.layeredstores1 …` works as well.
+//! The daemon's end of the hook's way to it: see [`layered_stores_client::hook`].
 
 use std::{
-    io::{self, Read as _, Write as _},
-    os::unix::{fs::PermissionsExt as _, net::UnixStream as BlockingStream},
+    io::{self, Write as _},
+    os::{fd::AsFd as _, unix::fs::PermissionsExt as _},
     path::Path,
     sync::Arc,
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
+use layered_stores_client::hook::{FAILED, NOT_AUTHORIZED, REMOUNT, Reply, SHUTTING_DOWN, SOCKET};
+use layered_stores_overlay::host;
+use rustix::{io::Errno, net};
+use sd_notify::NotifyState;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -20,14 +20,7 @@ use tokio::{
     sync::Semaphore,
 };
 
-use crate::supervisor::{Command, Handle};
-
-/// The socket, in the daemon's runtime directory.
-pub const SOCKET: &str = "/run/layered-stores/org.layeredstores1";
-
-const REMOUNT: &str = "org.layeredstores1.Remount";
-const NOT_AUTHORIZED: &str = "org.layeredstores1.NotAuthorized";
-const FAILED: &str = "org.layeredstores1.Failed";
+use crate::supervisor::{Asker, Command, Error, Handle, StatusCell};
 
 /// The description that `varlinkctl introspect` shows.
 const DESCRIPTION: &str = "\
@@ -40,6 +33,9 @@ method Remount(realStoreDir: string) -> ()
 # The caller is neither root nor the store's owner; over D-Bus, polkit decides
 error NotAuthorized (message: string)
 
+# The daemon goes down; the next one can be asked
+error ShuttingDown (message: string)
+
 # It could not be done
 error Failed (message: string)
 ";
@@ -50,7 +46,7 @@ const LONGEST_CALL: u64 = 4096;
 /// How many clients that are not root are served at a time. Others are sent to the bus, as strangers are.
 const CLIENTS: usize = 32;
 
-/// How long a client may take to send its call.
+/// How long a client may take to send its call, and to take the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Deserialize)]
@@ -60,29 +56,37 @@ struct Call {
     parameters: Value,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Reply {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-    #[serde(default)]
-    parameters: Value,
+fn refusal(name: &str, parameters: Value) -> Reply {
+    Reply { error: Some(name.to_owned()), parameters }
 }
 
-impl Reply {
-    fn error(name: &str, parameters: Value) -> Self {
-        Self { error: Some(name.to_owned()), parameters }
-    }
-
-    fn failed(message: &dyn std::fmt::Display) -> Self {
-        Self::error(FAILED, json!({ "message": message.to_string() }))
-    }
+fn not_authorized(message: &dyn std::fmt::Display) -> Reply {
+    refusal(NOT_AUTHORIZED, json!({ "message": message.to_string() }))
 }
 
-/// Opens the socket, in place of one that an earlier daemon has left.
+fn failed(message: &dyn std::fmt::Display) -> Reply {
+    refusal(FAILED, json!({ "message": message.to_string() }))
+}
+
+/// The name under which systemd keeps the socket.
+const KEPT: &str = "hook";
+
+/// Opens the socket: the one that systemd has kept since an earlier daemon opened it, or a new one, in place of what there is.
+///
+/// systemd keeps it in the file descriptor store of the unit, until that is stopped. Clients that come while the daemon is
+/// started again wait in its queue.
 ///
 /// # Errors
 /// When it cannot be made.
 pub fn listen(socket: &Path) -> io::Result<UnixListener> {
+    if let Some((_, kept)) = host::kept_by_systemd(|name| name == KEPT).pop() {
+        let listener = std::os::unix::net::UnixListener::from(kept);
+        listener.set_nonblocking(true)?;
+        // The path may lead elsewhere by now: another version of the daemon may have put a socket of its own there.
+        if leads_to(socket, &listener) {
+            return UnixListener::from_std(listener);
+        }
+    }
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -90,7 +94,28 @@ pub fn listen(socket: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(socket)?;
     // Anybody may connect; who it is decides what is done.
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))?;
+    let name = [NotifyState::FdStoreRemove, NotifyState::FdName(KEPT)];
+    let store = [NotifyState::FdStore, NotifyState::FdName(KEPT)];
+    // Without it hooks find nobody while the daemon is started again, and ask over the bus.
+    if let Err(error) = sd_notify::notify(&name).and_then(|()| sd_notify::notify_with_fds(&store, &[listener.as_fd()]))
+    {
+        tracing::warn!("systemd does not keep {SOCKET} for the next daemon: {error}");
+    }
     Ok(listener)
+}
+
+/// Whether who connects to `path` gets into the queue of `listener`, which nobody else takes from.
+fn leads_to(path: &Path, listener: &std::os::unix::net::UnixListener) -> bool {
+    let is_its_address = listener.local_addr().is_ok_and(|address| address.as_pathname() == Some(path));
+    // Whether somebody listens there is tried: the daemon has the bus name, so it is nobody, or it is `listener`. With a
+    // queue that is full it is not waited for.
+    is_its_address && matches!(try_connect(path), Ok(()) | Err(Errno::AGAIN))
+}
+
+fn try_connect(path: &Path) -> Result<(), Errno> {
+    let flags = net::SocketFlags::CLOEXEC | net::SocketFlags::NONBLOCK;
+    let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, flags, None)?;
+    net::connect(&socket, &net::SocketAddrUnix::new(path)?)
 }
 
 /// Serves clients for ever.
@@ -102,7 +127,7 @@ pub async fn serve(listener: UnixListener, handle: Handle) {
                 let Ok(uid) = stream.peer_cred().map(|peer| peer.uid()) else { continue };
                 // Nobody waits for somebody else: strangers are answered at once, without listening to them.
                 let place = Arc::clone(&places).try_acquire_owned().ok();
-                if uid != 0 && (place.is_none() || !handle.is_owner(uid)) {
+                if uid != 0 && (place.is_none() || !handle.may_be_owner(uid)) {
                     turn_away(stream);
                     continue;
                 }
@@ -123,9 +148,9 @@ pub async fn serve(listener: UnixListener, handle: Handle) {
 
 fn turn_away(stream: UnixStream) {
     let message = json!({ "message": "only root and the store's owner can ask here" });
-    let mut text = serde_json::to_vec(&Reply::error(NOT_AUTHORIZED, message)).unwrap_or_default();
+    let mut text = serde_json::to_vec(&refusal(NOT_AUTHORIZED, message)).unwrap_or_default();
     text.push(0);
-    // It fits into the socket's buffer, which is empty.
+    // It fits into the socket's buffer, which is empty; the socket stays one that does not block.
     let _ = stream.into_std().and_then(|mut stream| stream.write_all(&text));
 }
 
@@ -141,11 +166,11 @@ async fn converse(stream: UnixStream, uid: u32, handle: &Handle) -> io::Result<(
         }
         let reply = match serde_json::from_slice(&message) {
             Ok(call) => answer(call, uid, handle).await,
-            Err(error) => Reply::failed(&format!("not a varlink call: {error}")),
+            Err(error) => failed(&format!("not a varlink call: {error}")),
         };
         let mut text = serde_json::to_vec(&reply)?;
         text.push(0);
-        write.write_all(&text).await?;
+        tokio::time::timeout(PATIENCE, write.write_all(&text)).await??;
     }
 }
 
@@ -154,7 +179,7 @@ async fn answer(call: Call, uid: u32, handle: &Handle) -> Reply {
     match call.method.as_str() {
         REMOUNT => match text("realStoreDir") {
             Some(dir) => remount(dir, uid, handle).await,
-            None => Reply::error("org.varlink.service.InvalidParameter", json!({ "parameter": "realStoreDir" })),
+            None => refusal("org.varlink.service.InvalidParameter", json!({ "parameter": "realStoreDir" })),
         },
         "org.varlink.service.GetInfo" => {
             let interfaces = ["org.layeredstores1", "org.varlink.service"];
@@ -167,66 +192,24 @@ async fn answer(call: Call, uid: u32, handle: &Handle) -> Reply {
         "org.varlink.service.GetInterfaceDescription" if text("interface") == Some("org.layeredstores1") => {
             Reply { error: None, parameters: json!({ "description": DESCRIPTION }) }
         }
-        method => Reply::error("org.varlink.service.MethodNotFound", json!({ "method": method })),
+        method => refusal("org.varlink.service.MethodNotFound", json!({ "method": method })),
     }
 }
 
 async fn remount(dir: &str, uid: u32, handle: &Handle) -> Reply {
-    let found = handle.store_at(dir).map(|cell| cell.read(|status| (status.name().clone(), status.owner_uid)));
-    let (name, owner) = match found {
+    let look = |cell: StatusCell| cell.read(|status| (status.name().clone(), status.may_be_owner(uid)));
+    let (name, may_be_owner) = match handle.store_at(dir).map(look) {
         Ok(found) => found,
-        Err(error) => return Reply::failed(&error),
+        Err(error) => return failed(&error),
     };
-    if uid != 0 && uid != owner {
-        return Reply::error(NOT_AUTHORIZED, json!({ "message": "only root and the store's owner can ask here" }));
+    if uid != 0 && !may_be_owner {
+        return not_authorized(&Error::NotOwner(name));
     }
-    match handle.ask(|reply| Command::Remount(name, reply)).await {
+    let asker = if uid == 0 { Asker::Root } else { Asker::User(uid) };
+    match handle.ask(|reply| Command::Remount(name, asker, reply)).await {
         Ok(()) => Reply { error: None, parameters: json!({}) },
-        Err(error) => Reply::failed(&error),
-    }
-}
-
-/// Why the daemon could not be asked over its socket.
-#[derive(Debug, thiserror::Error)]
-pub enum AskError {
-    /// Nobody listens, or the daemon wants to be asked over the bus.
-    #[error("the socket {SOCKET} does not help: {0}")]
-    Elsewhere(String),
-    /// The daemon has not answered in time.
-    #[error("the daemon has not answered within {} s; see `systemctl status layered-storesd`", .0.as_secs())]
-    Timeout(Duration),
-    /// The daemon says that it cannot be done.
-    #[error("{0}")]
-    Refused(String),
-}
-
-/// Asks the daemon to refresh a merged directory, from a process that does nothing else.
-///
-/// # Errors
-/// [`AskError`].
-pub fn ask_remount(dir: &str, timeout: Duration) -> Result<(), AskError> {
-    let elsewhere = |error: io::Error| AskError::Elsewhere(error.to_string());
-    let mut stream = BlockingStream::connect(SOCKET).map_err(elsewhere)?;
-    stream.set_read_timeout(Some(timeout)).map_err(elsewhere)?;
-    let mut call = json!({ "method": REMOUNT, "parameters": { "realStoreDir": dir } }).to_string();
-    call.push('\0');
-    stream.write_all(call.as_bytes()).map_err(elsewhere)?;
-    let mut reply = Vec::new();
-    let mut buffer = [0; 1024];
-    while reply.last() != Some(&0) {
-        match stream.read(&mut buffer) {
-            Ok(0) => return Err(AskError::Elsewhere("the daemon went away".to_owned())),
-            Ok(read) => reply.extend_from_slice(&buffer[..read]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(AskError::Timeout(timeout)),
-            Err(error) => return Err(elsewhere(error)),
-        }
-    }
-    reply.pop();
-    let reply: Reply = serde_json::from_slice(&reply).map_err(|error| AskError::Elsewhere(error.to_string()))?;
-    let message = reply.parameters.get("message").and_then(Value::as_str).map(str::to_owned);
-    match reply.error {
-        None => Ok(()),
-        Some(name) if name == NOT_AUTHORIZED => Err(AskError::Elsewhere(message.unwrap_or(name))),
-        Some(name) => Err(AskError::Refused(message.unwrap_or(name))),
+        Err(error @ Error::NotOwner(_)) => not_authorized(&error),
+        Err(error @ Error::ShuttingDown) => refusal(SHUTTING_DOWN, json!({ "message": error.to_string() })),
+        Err(error) => failed(&error),
     }
 }

@@ -2,19 +2,23 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-use layered_stores::cli::{self, args::Arguments};
+use layered_stores::cli::{self, Invocation};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let invocation = cli::parse();
     // One thread: `enter` moves the process into namespaces, which the kernel allows only then.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(cli::run(arguments)),
+        Ok(runtime) => runtime.block_on(async {
+            match invocation {
+                Invocation::Command(arguments) => cli::run(arguments).await,
+                Invocation::Internal(command) => cli::run_internal(command).await,
+            }
+        }),
         Err(error) => Err(error.into()),
     };
     result.unwrap_or_else(|error| {
-        anstream::eprintln!("layered-stores: {error:#}");
+        cli::complain(&format!("{error:#}"));
         ExitCode::FAILURE
     })
 }

@@ -1,19 +1,22 @@
 //! The daemon: makes layered stores exist, keeps them right, and tells the truth about them over D-Bus.
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use layered_stores::{
-    bus::{BUS_NAME, Publisher},
+    bus::{Connections, Publisher},
     cli::args::DaemonArguments,
-    config::{self, ConfigError, Defaults},
-    overlay::host,
-    store::AbsolutePath,
-    supervisor::{Command, Engine, Event, Handle, Settings},
+    supervisor::{self, Command, Engine, Event, Handle, Settings},
     systemd::Units,
     varlink,
 };
+use layered_stores_client::{BUS_NAME, hook::SOCKET};
+use layered_stores_model::{
+    AbsolutePath,
+    config::{self, ConfigError, Defaults},
+};
+use layered_stores_overlay::{host, swap};
 use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -21,14 +24,25 @@ use tokio::{
 };
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
-/// How many threads work on stores. Their work is system calls, and a filesystem that hangs must not hold up all stores.
-const BLOCKING_THREADS: usize = 8;
+/// How long the system bus may take to answer at the start, and to be told good-bye.
+const BUS_PATIENCE: Duration = Duration::from_secs(60);
+const BUS_FAREWELL: Duration = Duration::from_secs(1);
+
+/// How long going down may take. What remains then is a filesystem that does not answer.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Why a second daemon does not start.
 const ANOTHER: &str = "the bus name org.layeredstores1 is taken: another layered-storesd is running";
 
+/// Why the daemon cannot be found; most often the policy was installed and the bus has not read it.
+const NO_NAME: &str = "cannot take the bus name org.layeredstores1; is its policy installed, and has the bus read it \
+                       (`systemctl reload dbus`)?";
+
 /// `EX_CONFIG` of sysexits.h: the configuration is wrong, and trying again does not make it better.
 const EX_CONFIG: u8 = 78;
+
+/// How long a daemon that failed waits before it ends: what is in the way is most often not gone in a tenth of a second.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let arguments = DaemonArguments::parse();
@@ -36,11 +50,30 @@ fn main() -> ExitCode {
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
-            let _ = sd_notify::notify(&[NotifyState::Status(&format!("{error:#}"))]);
-            if error.is::<ConfigError>() { ExitCode::from(EX_CONFIG) } else { ExitCode::FAILURE }
+            let why = explain(&error);
+            tracing::error!("{why}");
+            let _ = sd_notify::notify(&[NotifyState::Status(&one_line(&why))]);
+            if error.is::<ConfigError>() {
+                return ExitCode::from(EX_CONFIG);
+            }
+            // systemd starts it again at once, as one that was killed has to be.
+            if std::env::var_os("INVOCATION_ID").is_some() {
+                std::thread::sleep(PAUSE_AFTER_FAILURE);
+            }
+            ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, as far as it does not tell of them by itself.
+fn explain(error: &anyhow::Error) -> String {
+    let mut why = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !why.contains(&cause) {
+            why = format!("{why}: {cause}");
+        }
+    }
+    why
 }
 
 /// Logs to the journal when standard error leads there, else to standard error.
@@ -62,13 +95,16 @@ fn run(arguments: DaemonArguments) -> Result<()> {
     let defaults = Defaults { state_dir: arguments.state_dir, remount_hook };
     let settings = Settings { config: arguments.config, defaults, runtime_dir: arguments.runtime_dir };
 
+    // `layered-stores enter` shows the machine's own /nix there; without it, it says so.
+    let _ = std::fs::create_dir_all(settings.runtime_dir.join("host-nix"));
+
     // Every thread of the pool works in PID 1's mount namespace. Whether they can is found out on one that is thrown away.
     std::thread::spawn(host::enter).join().unwrap_or(Ok(()))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
+        .max_blocking_threads(supervisor::THREADS)
         // A thread that has to be made first would be felt in the hook.
-        .thread_keep_alive(std::time::Duration::from_secs(3600))
+        .thread_keep_alive(Duration::from_secs(3600))
         .on_thread_start(|| {
             if let Err(error) = host::enter() {
                 tracing::error!("{error}");
@@ -77,7 +113,10 @@ fn run(arguments: DaemonArguments) -> Result<()> {
         })
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(serve(settings))
+    let result = runtime.block_on(serve(settings));
+    // A thread that hangs in a filesystem is not waited for.
+    runtime.shutdown_background();
+    result
 }
 
 fn beside_this_executable() -> Result<AbsolutePath> {
@@ -94,17 +133,28 @@ async fn serve(settings: Settings) -> Result<()> {
     let load = settings.clone();
     let config = tokio::task::spawn_blocking(move || config::load(&load.config, &load.defaults)).await??;
 
-    let connection = zbus::Connection::system().await.context("cannot reach the system bus")?;
-    // Found out before anything is touched; the name itself is taken when there is something to serve.
-    let bus = zbus::fdo::DBusProxy::new(&connection).await?;
-    if bus.name_has_owner(BUS_NAME.try_into()?).await? {
-        anyhow::bail!(ANOTHER);
+    let connect = async {
+        let connections = Connections::open().await.context("cannot reach the system bus")?;
+        // Found out before anything is touched; the name itself is taken when there is something to serve.
+        let bus = zbus::fdo::DBusProxy::new(&connections.serving).await?;
+        if bus.name_has_owner(BUS_NAME.try_into()?).await? {
+            anyhow::bail!(ANOTHER);
+        }
+        let units = Units::connect(&connections.engine).await.context("cannot reach systemd over the bus")?;
+        anyhow::Ok((connections, units))
+    };
+    let connected = tokio::time::timeout(BUS_PATIENCE, connect).await;
+    let (connections, units) = connected.context("the system bus does not answer; see `systemctl status dbus`")??;
+    if !swap::is_possible() {
+        tracing::warn!(
+            "this kernel cannot replace a mount that is in use, as Linux 6.5 and newer can: a path that is deleted from an \
+             upper layer while a process has it open stays wrong in its store until that process lets go of it"
+        );
     }
-    let units = Units::connect(&connection).await.context("cannot reach systemd over the bus")?;
     let (events_sender, events) = mpsc::unbounded_channel();
-    let (engine, handle) = Engine::new(settings, config, units, events_sender).await.context("cannot watch mounts")?;
+    let (engine, handle) = Engine::new(settings, config, units, events_sender).await?;
 
-    let mut publisher = Publisher::new(connection.clone(), handle.clone()).await.context("cannot serve the bus")?;
+    let mut publisher = Publisher::new(&connections, handle.clone()).await.context("cannot serve the bus")?;
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -112,6 +162,11 @@ async fn serve(settings: Settings) -> Result<()> {
         }
         tracing::info!("stopping; mounts stay");
         notify(&[NotifyState::Stopping]);
+        // Whatever hangs from here on, such as closing a file on a filesystem that does not answer, nothing is lost by it.
+        std::thread::spawn(|| {
+            std::thread::sleep(FAREWELL);
+            std::process::exit(0);
+        });
     };
     let alive = || notify(&[NotifyState::Watchdog]);
     let watchdog = sd_notify::watchdog_enabled();
@@ -141,7 +196,10 @@ async fn serve(settings: Settings) -> Result<()> {
             publisher.flush().await?;
             // Clients that find the name find the stores.
             if !named {
-                publisher.take_name().await.context(ANOTHER)?;
+                publisher.take_name().await.map_err(|error| match error {
+                    zbus::Error::NameTaken => anyhow::anyhow!(ANOTHER),
+                    error => anyhow::Error::new(error).context(NO_NAME),
+                })?;
                 serve_hook(handle.clone());
                 named = true;
             }
@@ -152,19 +210,22 @@ async fn serve(settings: Settings) -> Result<()> {
         }
         Ok(())
     };
-    tokio::select! {
-        result = engine.run(stop, watchdog, alive) => Ok(result?),
+    let result = tokio::select! {
+        result = engine.run(stop, watchdog, alive) => result.map_err(Into::into),
         result = publish => result,
         result = reload => result,
-        () = connection.closed() => anyhow::bail!("the connection to the system bus was lost"),
-    }
+        () = connections.closed() => anyhow::bail!("the connection to the system bus was lost"),
+    };
+    // A thread that hangs in the kernel keeps every file of the process open, and with these the bus name.
+    let _ = tokio::time::timeout(BUS_FAREWELL, connections.close()).await;
+    result
 }
 
 /// Opens the hook's own way to the daemon. Only who has the bus name does, so that no two daemons are after the socket.
 fn serve_hook(handle: Handle) {
-    match varlink::listen(Path::new(varlink::SOCKET)) {
+    match varlink::listen(Path::new(SOCKET)) {
         Ok(listener) => drop(tokio::spawn(varlink::serve(listener, handle))),
-        Err(error) => tracing::warn!("cannot open {}: {error}; the hook asks over the bus", varlink::SOCKET),
+        Err(error) => tracing::warn!("cannot open {}: {error}; the hook asks over the bus", SOCKET),
     }
 }
 
@@ -177,14 +238,32 @@ async fn reload_for_systemd(handle: &Handle) {
     match handle.ask(Command::Reload).await {
         Ok(()) => notify(&[NotifyState::Ready]),
         Err(error) => {
-            // systemd shows one line.
-            let status = error.to_string().replacen(":\n", ": ", 1).replace('\n', "; ");
-            notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+            notify(&[NotifyState::Ready, NotifyState::Status(&one_line(&error.to_string()))]);
         }
     }
+}
+
+/// systemd shows one line, and takes a second one for something else (sd_notify(3)).
+fn one_line(message: &str) -> String {
+    message.replacen(":\n", ": ", 1).replace('\n', "; ")
 }
 
 fn notify(states: &[NotifyState<'_>]) {
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(states);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot watch: {0}")]
+        struct Watch(#[source] std::io::Error);
+
+        let error = anyhow::Error::new(Watch(std::io::Error::other("too many"))).context("cannot start");
+        assert_eq!(explain(&error), "cannot start: cannot watch: too many");
+    }
 }

@@ -1,14 +1,19 @@
 //! Who may do what: root may do everything, a store's owner may refresh it, and polkit decides the rest.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use zbus::{
-    Connection, fdo,
+    fdo,
     message::{Flags, Header},
+    names::UniqueName,
 };
-use zbus_polkit::policykit1::{AuthorityProxy, CheckAuthorizationFlags, Subject};
+use zbus_polkit::policykit1::Subject;
 
-use super::error::{BusError, Result};
+use super::{
+    error::{BusError, Result},
+    gate::Gate,
+    questions::{NoAnswer, Questions},
+};
 
 /// A polkit action of `data/org.layeredstores1.policy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +23,7 @@ pub(super) enum Action {
     Remount,
     Verify,
     Reload,
+    RemoveData,
 }
 
 impl Action {
@@ -27,25 +33,23 @@ impl Action {
             Self::Stop => "org.layeredstores1.stop",
             Self::Remount => "org.layeredstores1.remount",
             Self::Verify => "org.layeredstores1.verify",
+            Self::RemoveData => "org.layeredstores1.remove-data",
             Self::Reload => "org.layeredstores1.reload",
         }
     }
 }
 
-/// Asks the bus who a caller is and polkit what it may do.
+/// Finds out who a caller is and asks polkit what it may do.
 #[derive(Clone, Debug)]
 pub(super) struct Authorization {
     bus: fdo::DBusProxy<'static>,
-    polkit: AuthorityProxy<'static>,
+    gate: Arc<Gate>,
+    questions: Questions,
 }
 
 impl Authorization {
-    pub(super) async fn new(connection: &Connection) -> zbus::Result<Self> {
-        let uncached = zbus::proxy::CacheProperties::No;
-        Ok(Self {
-            bus: fdo::DBusProxy::builder(connection).cache_properties(uncached).build().await?,
-            polkit: AuthorityProxy::builder(connection).cache_properties(uncached).build().await?,
-        })
+    pub(super) fn new(bus: fdo::DBusProxy<'static>, gate: Arc<Gate>, questions: Questions) -> Self {
+        Self { bus, gate, questions }
     }
 
     /// Lets the caller of a method pass, or says why not.
@@ -62,7 +66,7 @@ impl Authorization {
         let denied = |why: String| BusError::access_denied(format!("{what} is refused: {why}"));
         let way_out = if owner.is_some() { "run it as root or as the store's owner" } else { "run it as root" };
         let sender = call.sender().ok_or_else(|| denied("the caller is not known to the bus".to_owned()))?;
-        let uid = self.bus.get_connection_unix_user(sender.to_owned().into()).await;
+        let uid = self.uid(sender).await;
         let uid = uid.map_err(|error| denied(format!("the bus does not know the caller: {error}")))?;
         // As systemd does it: root is not asked, so that nothing depends on polkit being there.
         if uid == 0 || owner == Some(uid) {
@@ -70,24 +74,24 @@ impl Authorization {
         }
         let subject = Subject::new_for_message_header(call).map_err(|error| denied(error.to_string()))?;
         let interactive = call.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);
-        let flags = if interactive {
-            CheckAuthorizationFlags::ALLOW_USER_INTERACTION
-        } else {
-            CheckAuthorizationFlags::empty()
-        };
         let details: HashMap<&str, &str> = store.map(|store| ("store", store)).into_iter().collect();
-        let answer = self.polkit.check_authorization(&subject, action.id(), &details, flags, "").await;
-        match answer {
+        match self.questions.ask(sender, uid, &subject, action.id(), &details, interactive).await {
             Ok(answer) if answer.is_authorized => Ok(()),
             Ok(answer) if answer.is_challenge && !interactive => {
                 let message = format!("{what} needs authentication; {way_out}");
                 Err(BusError::interactive_authorization_required(message))
             }
             Ok(_) => Err(denied(format!("polkit does not allow it; {way_out}"))),
-            Err(error) => {
-                let why = error.description().map_or_else(|| error.to_string(), str::to_owned);
-                Err(denied(format!("polkit cannot be asked ({why}); {way_out}")))
-            }
+            Err(why @ NoAnswer::TooMany(_)) => Err(BusError::limits_exceeded(format!("{what} is refused: {why}"))),
+            Err(why) => Err(denied(format!("{why}; {way_out}"))),
+        }
+    }
+
+    async fn uid(&self, sender: &UniqueName<'_>) -> fdo::Result<u32> {
+        match self.gate.uid(sender) {
+            Some(uid) => Ok(uid),
+            // The gate remembers only so many of those it does not limit.
+            None => self.bus.get_connection_unix_user(sender.to_owned().into()).await,
         }
     }
 }

@@ -5,6 +5,8 @@ use std::{
     collections::{BTreeMap, HashMap},
 };
 
+use layered_stores_client::{BUS_NAME, MANAGER_PATH, store_path};
+use layered_stores_model::StoreName;
 use zbus::{
     Connection, fdo,
     names::InterfaceName,
@@ -13,16 +15,12 @@ use zbus::{
 };
 
 use super::{
-    BUS_NAME, MANAGER_PATH,
+    Connections,
     authorization::Authorization,
     manager::Manager,
     store::{Store, problems},
-    store_path,
 };
-use crate::{
-    store::StoreName,
-    supervisor::{Event, Handle, Status, StatusCell},
-};
+use crate::supervisor::{Event, Handle, Status, StatusCell};
 
 /// Serves the manager and the stores.
 pub struct Publisher {
@@ -38,8 +36,8 @@ impl Publisher {
     ///
     /// # Errors
     /// When the bus does not answer.
-    pub async fn new(connection: Connection, handle: Handle) -> zbus::Result<Self> {
-        let authorization = Authorization::new(&connection).await?;
+    pub async fn new(connections: &Connections, handle: Handle) -> zbus::Result<Self> {
+        let (connection, authorization) = (connections.serving.clone(), connections.authorization.clone());
         let server = connection.object_server();
         server.at(MANAGER_PATH, fdo::ObjectManager).await?;
         let manager = Manager { handle: handle.clone(), authorization: authorization.clone() };
@@ -108,11 +106,13 @@ fn difference(old: &Status, new: &Status) -> HashMap<&'static str, Variant<'stat
 }
 
 /// The properties that may change in a store's life.
-fn changing_properties(status: &Status) -> [(&'static str, Variant<'static>); 18] {
+fn changing_properties(status: &Status) -> [(&'static str, Variant<'static>); 20] {
     let spec = &status.spec;
     [
         ("State", Variant::from(status.state.to_string())),
         ("StateReason", Variant::from(status.state_reason.clone())),
+        ("StateChangeUSec", Variant::from(status.state_change_usec)),
+        ("NextTryUSec", Variant::from(status.next_try_usec)),
         ("Problems", Variant::from(problems(status))),
         ("StoreUri", Variant::from(spec.uri())),
         ("DaemonUri", Variant::from(spec.daemon_uri().unwrap_or_default())),

@@ -1,15 +1,13 @@
 //! `org.layeredstores1.Store`.
 
+use layered_stores_model::StoreName;
 use zbus::{interface, message::Header};
 
 use super::{
     authorization::{Action, Authorization},
     error::Result,
 };
-use crate::{
-    store::StoreName,
-    supervisor::{Command, Handle, Status, StatusCell},
-};
+use crate::supervisor::{Asker, Command, Handle, Status, StatusCell};
 
 /// The object of one store.
 pub(super) struct Store {
@@ -55,16 +53,16 @@ impl Store {
     /// polkit allows `org.layeredstores1.remount`.
     async fn remount(&self, #[zbus(header)] call: Header<'_>) -> Result<()> {
         let name = self.check(&call, Action::Remount).await?;
-        Ok(self.handle.ask(|reply| Command::Remount(name, reply)).await?)
+        Ok(self.handle.ask(|reply| Command::Remount(name, Asker::Allowed, reply)).await?)
     }
 
     /// Looks at every path and returns those whose merged view is not what the layers say: the path's name and what is
-    /// wrong. Changes nothing. Needs `org.layeredstores1.verify`.
+    /// wrong; the first 4096 of them. Changes nothing. Needs `org.layeredstores1.verify`.
     #[zbus(out_args("stale"))]
     async fn verify(&self, #[zbus(header)] call: Header<'_>) -> Result<Vec<(String, String)>> {
         let name = self.check(&call, Action::Verify).await?;
         let stale = self.handle.ask(|reply| Command::Verify(name, reply)).await?;
-        Ok(stale.into_iter().map(|stale| (stale.name, stale.symptom.to_string())).collect())
+        Ok(stale.into_iter().map(|stale| (stale.shown_name(), stale.symptom.to_string())).collect())
     }
 
     /// The store's name.
@@ -83,6 +81,18 @@ impl Store {
     #[zbus(property)]
     fn state_reason(&self) -> String {
         self.cell.read(|status| status.state_reason.clone())
+    }
+
+    /// Since when it is in that state, in microseconds of real time.
+    #[zbus(property, name = "StateChangeUSec")]
+    fn state_change_usec(&self) -> u64 {
+        self.cell.read(|status| status.state_change_usec)
+    }
+
+    /// When something that failed is tried again, in microseconds of real time; 0: nothing is.
+    #[zbus(property, name = "NextTryUSec")]
+    fn next_try_usec(&self) -> u64 {
+        self.cell.read(|status| status.next_try_usec)
     }
 
     /// What is wrong with it, whatever its state: pairs of a code for programs and a message for people.

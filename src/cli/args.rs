@@ -2,12 +2,8 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Parser, Subcommand};
-
-use crate::{
-    config,
-    store::{AbsolutePath, StoreName},
-};
+use clap::{CommandFactory as _, Parser, Subcommand};
+use layered_stores_model::{AbsolutePath, StoreName, config};
 
 /// Declares, mounts and looks after layered Nix stores.
 ///
@@ -21,8 +17,21 @@ pub struct Arguments {
     pub command: Command,
 }
 
+impl Arguments {
+    /// Whether a word is the name of a command.
+    pub fn is_command(word: &str) -> bool {
+        Self::command().get_subcommands().any(|command| command.get_name() == word)
+    }
+}
+
+/// What the codes mean that commands end with.
+pub(super) const EXIT_STATUS: &str = "\
+Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify) or
+stores that are not active (start, reload).";
+
 const AFTER_HELP: &str = "\
-Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify).
+Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify) or
+stores that are not active (start, reload).
 
 Build into the store \"ci\":  nix build --store \"$(layered-stores uri ci)\" …
 Use what was built there:   layered-stores enter ci -- /nix/store/…/bin/hello";
@@ -32,19 +41,28 @@ Use what was built there:   layered-stores enter ci -- /nix/store/…/bin/hello"
 pub enum Command {
     /// Name all stores and their states
     List {
+        /// Name what is left of stores that are not declared any more, and where it is
+        #[arg(long)]
+        left_over: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
     /// Show how stores are: is it up, what is underneath, what is in it, what is wrong and what to do
     Status {
-        /// The store; all when none is named
-        name: Option<StoreName>,
-        /// Print JSON: one object for a named store, an array else
+        /// The stores; all, a line each, when none is named
+        names: Vec<StoreName>,
+        /// Print JSON: one object for one named store, an array else
         #[arg(long)]
         json: bool,
+        /// Go on showing it, until interrupted
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
     },
     /// Print the URL under which Nix opens a store
+    ///
+    /// Whatever fails, something is printed all the same that no Nix opens: Nix would take nothing at all for the machine's
+    /// own store. A store that is not active has no URL.
     Uri {
         /// The store
         name: StoreName,
@@ -78,6 +96,17 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Remove all that is in a store that is stopped, or what is left of one that is not declared any more
+    ///
+    /// Its paths, its database and its build logs are gone then. A declared store is empty when it is started the next time.
+    /// What is interrupted is finished by running it again.
+    RemoveData {
+        /// The store
+        name: StoreName,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// Wait until stores are active
     Wait {
         /// The stores; all required ones when none is named
@@ -96,7 +125,7 @@ pub enum Command {
         /// Where stores live that are given no place of their own
         #[arg(long, value_name = "DIRECTORY", default_value = config::DEFAULT_STATE_DIR)]
         state_dir: AbsolutePath,
-        /// Print what is declared as JSON
+        /// Print JSON: what is declared, or with mistakes, these
         #[arg(long)]
         json: bool,
     },
@@ -108,24 +137,46 @@ pub enum Command {
         #[arg(last = true)]
         command: Vec<OsString>,
     },
+}
+
+/// What others than people run: not among the commands, so that nothing offers it.
+#[derive(Debug, Parser)]
+#[command(name = "layered-stores")]
+pub struct InternalArguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Internal,
+}
+
+impl InternalArguments {
+    /// Whether a word is the name of such a command.
+    pub fn is_command(word: &str) -> bool {
+        Self::command().get_subcommands().any(|command| command.get_name() == word)
+    }
+}
+
+/// The commands that units, completions and `make install` run.
+#[derive(Debug, Subcommand)]
+pub enum Internal {
     /// Become the Nix daemon of a store; layered-stores-nix-daemon@.service runs this
-    #[command(hide = true)]
     NixDaemon {
         /// The store
         name: StoreName,
     },
+    /// Count what directories hold that are named on standard input; `status` runs this
+    Count,
     /// Write the manual pages into a directory
-    #[command(hide = true)]
     GenerateMan {
         /// The directory
         directory: PathBuf,
     },
     /// Write the completions for shells into a directory
-    #[command(hide = true)]
     GenerateCompletions {
         /// The directory
         directory: PathBuf,
     },
+    /// Name the stores, for completions: quickly, and without starting a daemon
+    StoreNames,
 }
 
 /// Makes layered Nix stores exist, keeps them right, and tells the truth about them over D-Bus.

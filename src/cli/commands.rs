@@ -1,30 +1,35 @@
 //! What each command does.
 
-use std::{
-    io::{self, Write as _},
-    os::unix::process::CommandExt as _,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{os::unix::process::CommandExt as _, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use serde::Serialize;
+use layered_stores_client::{Client, ClientError, Properties};
+use layered_stores_model::{
+    AbsolutePath, StoreName,
+    config::{self, Defaults, Diagnostic},
+    printable,
+};
 use serde_json::json;
 
 use super::{
-    args::{Arguments, Command},
-    client::{Client, Properties},
+    args::{Arguments, Command, Internal},
     enter::enter,
-    generate, render, usage,
+    generate,
+    output::{complain, print, print_json, wrapped},
+    owner::refuse_root,
+    remove::{list_left_over, remove_data},
+    render,
+    status::status,
+    uri::uri,
+    usage,
 };
-use crate::{
-    config::{self, DEFAULT_RUNTIME_DIR, Defaults},
-    store::{AbsolutePath, StoreName},
-    supervisor::nix_conf,
-};
+use crate::supervisor::user_of;
 
 /// There are problems with what was looked at.
 const PROBLEMS: u8 = 3;
+
+/// Something was not done.
+const FAILURE: u8 = 1;
 
 /// How often `wait` looks.
 const WAIT_PAUSE: Duration = Duration::from_millis(100);
@@ -35,16 +40,10 @@ const WAIT_PAUSE: Duration = Duration::from_millis(100);
 /// Whatever went wrong, for people.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
-        Command::List { json } => list(json).await,
-        Command::Status { name, json } => status(name, json).await,
-        Command::Uri { name, daemon } => {
-            let store = Client::connect().await?.status(&name).await?;
-            if daemon && store.daemon_uri.is_empty() {
-                bail!("store {0:?} has no Nix daemon of its own; declare one with [stores.{0}.daemon]", name.as_str());
-            }
-            print(&format!("{}\n", if daemon { store.daemon_uri } else { store.store_uri }))?;
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::List { left_over: true, json } => list_left_over(json).await,
+        Command::List { left_over: false, json } => list(json).await,
+        Command::Status { names, json, watch } => status(&names, json, watch).await,
+        Command::Uri { name, daemon } => uri(&name, daemon).await,
         Command::Start { names } => {
             each(names, async |client, name| Ok(client.store(&name).await?.start().await?)).await
         }
@@ -53,23 +52,40 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
             each(names, async |client, name| Ok(client.store(&name).await?.remount().await?)).await
         }
         Command::Verify { name, json } => verify(&name, json).await,
+        Command::RemoveData { name, yes } => remove_data(&name, yes).await,
         Command::Wait { names, timeout } => wait(&names, Duration::from_secs(timeout)).await,
-        Command::Reload => {
-            Client::connect().await?.manager().await?.reload().await.map_err(super::client::ClientError::from)?;
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Reload => reload().await,
         Command::CheckConfig { file, state_dir, json } => check_config(&file, state_dir, json),
         Command::Enter { name, command } => {
             let store = Client::connect().await?.status(&name).await?;
+            refuse_root(&store, "enter")?;
             Err(enter(&store, command).into())
         }
-        Command::NixDaemon { name } => Err(nix_daemon(&name)),
-        Command::GenerateMan { directory } => {
+    }
+}
+
+/// Carries out what is not for people.
+///
+/// # Errors
+/// Whatever went wrong.
+pub async fn run_internal(command: Internal) -> Result<ExitCode> {
+    match command {
+        Internal::Count => {
+            usage::count().context("cannot count")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Internal::NixDaemon { name } => Err(nix_daemon(&name)),
+        Internal::GenerateMan { directory } => {
             generate::man(&directory).context("cannot write the manual pages")?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::GenerateCompletions { directory } => {
+        Internal::GenerateCompletions { directory } => {
             generate::completions(&directory).context("cannot write the completions")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Internal::StoreNames => {
+            let names = Client::names().await.unwrap_or_default();
+            print(&names.iter().map(|name| format!("{name}\n")).collect::<String>())?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -78,24 +94,41 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 /// Does the same for several stores; one that fails does not keep the others from it.
 async fn each(
     names: Vec<StoreName>,
-    act: impl AsyncFn(&Client, StoreName) -> Result<(), super::client::ClientError>,
+    act: impl AsyncFn(&Client, StoreName) -> Result<(), ClientError>,
 ) -> Result<ExitCode> {
     let client = Client::connect().await?;
-    let mut code = ExitCode::SUCCESS;
+    let mut code = 0;
     for name in names {
         // An unknown name is told in the same words everywhere.
         client.status(&name).await?;
-        if let Err(error) = act(&client, name).await {
-            anstream::eprintln!("layered-stores: {error}");
-            code = ExitCode::FAILURE;
+        match act(&client, name).await {
+            Ok(()) => {}
+            Err(error) => {
+                complain(&error.to_string());
+                let problem = matches!(error, ClientError::NotUp(_));
+                code = code.max(if problem { PROBLEMS } else { FAILURE });
+            }
         }
+    }
+    Ok(ExitCode::from(code))
+}
+
+/// Has the configuration read again, and names the stores that are not as it says.
+async fn reload() -> Result<ExitCode> {
+    let client = Client::connect().await?;
+    client.manager().await?.reload().await.map_err(ClientError::from)?;
+    let stores = client.all().await?;
+    let mut code = ExitCode::SUCCESS;
+    for store in stores.iter().filter(|store| !store.is_at_rest()) {
+        code = ExitCode::from(PROBLEMS);
+        complain(&format!("store {:?} is {}: {}", store.name, store.state, store.state_reason));
     }
     Ok(code)
 }
 
 async fn list(json: bool) -> Result<ExitCode> {
     let client = Client::connect().await?;
-    let stores = client.manager().await?.list_stores().await.map_err(super::client::ClientError::from)?;
+    let stores = client.manager().await?.list_stores().await.map_err(ClientError::from)?;
     if json {
         let objects =
             stores.iter().map(|(name, state, object)| json!({"name": name, "state": state, "object": object}));
@@ -107,44 +140,17 @@ async fn list(json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn status(name: Option<StoreName>, json: bool) -> Result<ExitCode> {
-    let client = Client::connect().await?;
-    let code = |problems: bool| if problems { ExitCode::from(PROBLEMS) } else { ExitCode::SUCCESS };
-    if let Some(name) = name {
-        let store = client.status(&name).await?;
-        if json {
-            print_json(&store)?;
-        } else {
-            // Whoever may not look into the upper layer sees everything else.
-            print(&render::one(&store, usage::usage(&store.upper_layer).ok()))?;
-        }
-        return Ok(code(render::has_problems(&store)));
-    }
-    let stores = client.all().await?;
-    let problems = stores.iter().any(render::has_problems);
-    if json {
-        print_json(&stores)?;
-    } else {
-        let with_paths = |store: Properties| {
-            let paths = usage::paths(&store.upper_layer).ok();
-            (store, paths)
-        };
-        print(&render::table(&stores.into_iter().map(with_paths).collect::<Vec<_>>()))?;
-    }
-    Ok(code(problems))
-}
-
 async fn verify(name: &StoreName, json: bool) -> Result<ExitCode> {
     let client = Client::connect().await?;
     client.status(name).await?;
-    let stale = client.store(name).await?.verify().await.map_err(super::client::ClientError::from)?;
+    let stale = client.store(name).await?.verify().await.map_err(ClientError::from)?;
     if json {
         let objects = stale.iter().map(|(path, problem)| json!({"path": path, "problem": problem}));
         print_json(&objects.collect::<Vec<_>>())?;
     } else if stale.is_empty() {
         print(&format!("{name}: every path of the merged directory is what its layers say\n"))?;
     } else {
-        let lines = stale.iter().map(|(path, problem)| format!("{path}: {problem}\n"));
+        let lines = stale.iter().map(|(path, problem)| format!("{}: {problem}\n", printable(path)));
         let number = render::count(stale.len(), "path");
         print(&format!("{}{name}: {number} stale; run `layered-stores remount {name}`\n", lines.collect::<String>()))?;
     }
@@ -154,10 +160,11 @@ async fn verify(name: &StoreName, json: bool) -> Result<ExitCode> {
 async fn wait(names: &[StoreName], timeout: Duration) -> Result<ExitCode> {
     let deadline = tokio::time::Instant::now() + timeout;
     let client = Client::connect().await?;
+    let mut told = false;
     loop {
         let stores = client.all().await?;
         if let Some(name) = names.iter().find(|name| !stores.iter().any(|store| store.name == name.as_str())) {
-            bail!("there is no store {:?}; `layered-stores list` names those there are", name.as_str());
+            return Err(client.no_such_store(name).await.into());
         }
         let waited_for = |store: &&Properties| {
             if names.is_empty() { store.required } else { names.iter().any(|name| name.as_str() == store.name) }
@@ -167,8 +174,18 @@ async fn wait(names: &[StoreName], timeout: Duration) -> Result<ExitCode> {
             bail!("store {:?} failed: {}", failed.name, failed.state_reason);
         }
         let Some(first) = missing.first() else { return Ok(ExitCode::SUCCESS) };
+        let stopped = missing.iter().find(|store| store.state == "inactive");
         if tokio::time::Instant::now() >= deadline {
-            bail!("store {:?} is still {} after {} s", first.name, first.state, timeout.as_secs());
+            let why = match (stopped, first.state_reason.as_str()) {
+                (Some(store), _) => format!("; nobody has started {0:?}: run `layered-stores start {0}`", store.name),
+                (None, "") => String::new(),
+                (None, why) => format!(": {why}"),
+            };
+            bail!("store {:?} is still {} after {} s{why}", first.name, first.state, timeout.as_secs());
+        }
+        if let (Some(store), false) = (stopped, told) {
+            complain(&format!("store {0:?} is stopped; waiting for `layered-stores start {0}`", store.name));
+            told = true;
         }
         tokio::time::sleep(WAIT_PAUSE).await;
     }
@@ -176,16 +193,26 @@ async fn wait(names: &[StoreName], timeout: Duration) -> Result<ExitCode> {
 
 /// Replaces this process by the Nix daemon of a store. Returns only when that fails.
 fn nix_daemon(name: &StoreName) -> anyhow::Error {
-    let settings = nix_conf(std::path::Path::new(DEFAULT_RUNTIME_DIR), name);
-    if let Err(error) = std::fs::File::open(&settings) {
-        let path = settings.display();
-        return match error.kind() {
-            io::ErrorKind::NotFound => anyhow!(
-                "store {:?} has no Nix daemon; declare one with [stores.{name}.daemon], and start the store",
-                name.as_str()
-            ),
-            _ => anyhow!("cannot read {path}: {error}; this is for layered-stores-nix-daemon@{name}.service, as root"),
-        };
+    // systemd hands the settings on (LoadCredential=): only root may read the file, and the daemon may be a user's.
+    let Some(directory) = std::env::var_os("CREDENTIALS_DIRECTORY") else {
+        return anyhow!(
+            "this is for layered-stores-nix-daemon@{name}.service; a store has one if [stores.{name}.daemon] declares it"
+        );
+    };
+    let settings = std::path::Path::new(&directory).join("nix.conf");
+    let user = match std::fs::read_to_string(&settings) {
+        Ok(text) => user_of(&text),
+        Err(error) => return anyhow!("cannot read {}: {error}", settings.display()),
+    };
+    // Nix follows links that the owner of the store may have made. That systemd has read the drop-in with User= was checked;
+    // whoever takes it away gets no daemon with root's rights for it.
+    let uid = rustix::process::geteuid().as_raw();
+    if user != Some(uid) && user != Some(0) {
+        let user = user.map_or_else(|| "nobody".to_owned(), |user| format!("uid {user}"));
+        return anyhow!(
+            "the settings of this Nix daemon are for {user}, and it runs as uid {uid}; \
+             run `systemctl restart layered-storesd`, which writes its drop-in anew"
+        );
     }
     let error = std::process::Command::new("nix-daemon")
         .arg("--daemon")
@@ -197,21 +224,38 @@ fn nix_daemon(name: &StoreName) -> anyhow::Error {
 }
 
 fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> Result<ExitCode> {
-    if !file.exists() {
-        bail!("there is no configuration {}; a daemon started with it would have no stores", file.display());
-    }
     // Where the hook is does not decide whether a configuration is right.
     let remount_hook = "/usr/bin/layered-stores-remount".parse().context("the default hook")?;
-    let config = match config::load(file, &Defaults { state_dir, remount_hook }) {
-        Err(mistakes @ config::ConfigError::Invalid { .. }) => {
-            // As compilers print them, for editors to jump to.
-            anstream::eprintln!("{mistakes}");
+    if !file.exists() {
+        let message =
+            format!("there is no configuration {}; a daemon started with it would have no stores", file.display());
+        if json {
+            print_json(&[mistake(file, None, &message)])?;
             return Ok(ExitCode::FAILURE);
         }
-        config => config?,
+        bail!(message);
+    }
+    let config = match config::load(file, &Defaults { state_dir, remount_hook }) {
+        Err(mistakes) if json => {
+            let objects = match &mistakes {
+                config::ConfigError::Invalid { diagnostics, .. } => {
+                    diagnostics.iter().map(|found| mistake(file, Some(found), &found.message)).collect()
+                }
+                error => vec![mistake(file, None, &error.to_string())],
+            };
+            print_json(&objects)?;
+            return Ok(ExitCode::FAILURE);
+        }
+        Err(mistakes @ config::ConfigError::Invalid { .. }) => {
+            // As compilers print them, for editors to jump to.
+            anstream::eprintln!("{}", wrapped(&mistakes.to_string(), 2, std::io::stderr()));
+            return Ok(ExitCode::FAILURE);
+        }
+        // It says its cause itself, which `main` would say once more.
+        config => config.map_err(|error| anyhow!("{error}"))?,
     };
     if json {
-        let store = |spec: &crate::store::StoreSpec| {
+        let store = |spec: &layered_stores_model::StoreSpec| {
             json!({
                 "name": spec.name,
                 "lower-store": spec.lower_store,
@@ -233,14 +277,28 @@ fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> 
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_json(value: &impl Serialize) -> Result<()> {
-    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+/// A mistake as `check-config --json` has it; `null` where it is about nothing of the kind.
+fn mistake(file: &std::path::Path, found: Option<&Diagnostic>, message: &str) -> serde_json::Value {
+    json!({
+        "file": file,
+        "line": found.map(|found| found.line),
+        "column": found.map(|found| found.column),
+        "store": found.and_then(|found| found.store.as_deref()),
+        "key": found.and_then(|found| found.key.as_deref()),
+        "value": found.and_then(|found| found.value.as_deref()),
+        "message": message,
+    })
 }
 
-/// Prints, with colour only on terminals; a reader that has seen enough (`| head`) is no failure.
-fn print(text: &str) -> Result<()> {
-    match anstream::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_a_file_cannot_be_read_is_said_once() {
+        let state_dir = "/var/lib/layered-stores".parse().expect("valid");
+        let error = check_config("/".as_ref(), state_dir, false).expect_err("a directory");
+        // As `main` prints it.
+        assert_eq!(format!("{error:#}"), "cannot read /: Is a directory (os error 21)");
     }
 }

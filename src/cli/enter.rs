@@ -9,13 +9,15 @@ use std::{
     process::Command,
 };
 
+use layered_stores_client::Properties;
+use layered_stores_overlay::host;
 use rustix::{
+    fs::Access,
     mount::MountPropagationFlags,
     process::{getegid, geteuid},
 };
 
-use super::client::Properties;
-use crate::overlay::host;
+use super::inside::{self, HOST_NIX};
 
 /// Why a command could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +30,10 @@ pub(super) enum EnterError {
     Namespace(io::Error),
     #[error("cannot put {from} at /nix: {error}")]
     Bind { from: String, error: io::Error },
+    #[error(
+        "cannot show the machine's own store, which is the lower one, at {HOST_NIX}: {0}; is layered-storesd older than this command line?"
+    )]
+    Host(io::Error),
     #[error("cannot run {command:?}: {error}")]
     Exec { command: OsString, error: io::Error },
 }
@@ -59,19 +65,37 @@ fn try_enter(store: &Properties, command: Vec<OsString>) -> Result<std::convert:
     let bind = |error: rustix::io::Errno| EnterError::Bind { from: nix.clone(), error: error.into() };
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", slave).map_err(bind)?;
+
+    // Only root and the owner can write to the database. Whether others may use the daemon is for Nix to say. Root does not
+    // come here with a store that belongs to somebody else.
+    let through_daemon = !store.daemon_uri.is_empty() && (uid.is_root() || !owns(&store.upper_layer, uid.as_raw()));
+    let uri = if through_daemon { &store.daemon_uri } else { &store.store_uri };
+    // What Nix takes "auto" for depends on whether it can write to the machine's own database (`openStore`).
+    let by_daemon = rustix::fs::access("/nix/var/nix", Access::WRITE_OK).is_err();
+    let inside = inside::store_uri(uri, by_daemon);
+    if inside.is_some() {
+        show_host(uid.is_root())?;
+    }
     rustix::mount::mount_bind_recursive(nix.as_str(), "/nix").map_err(bind)?;
 
     let mut command = command.into_iter();
     let program = command.next().unwrap_or_else(|| std::env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into()));
-    // Only root and the owner can write to the database. Whether others may use the daemon is for Nix to say.
-    let through_daemon = !store.daemon_uri.is_empty() && !uid.is_root() && !owns(&store.upper_layer, uid.as_raw());
     let error = Command::new(&program)
         .args(command)
         // Nix itself must not take the merged directory for a plain store: it would delete through the overlay.
-        .env("NIX_REMOTE", if through_daemon { &store.daemon_uri } else { &store.store_uri })
+        .env("NIX_REMOTE", inside.as_ref().unwrap_or(uri))
         .env("LAYERED_STORE", &store.name)
         .exec();
     Err(EnterError::Exec { command: program, error })
+}
+
+/// Shows the machine's own `/nix`, where the lower store is, beside the one that is about to cover it.
+fn show_host(is_root: bool) -> Result<(), EnterError> {
+    if is_root {
+        // The daemon makes it too; one that is older has not.
+        let _ = fs::create_dir(HOST_NIX);
+    }
+    rustix::mount::mount_bind_recursive("/nix", HOST_NIX).map_err(|error| EnterError::Host(error.into()))
 }
 
 fn owns(path: &str, uid: u32) -> bool {

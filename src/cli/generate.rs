@@ -1,28 +1,145 @@
 //! Manual pages and completions, from the same definitions as the help texts.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, io::Write as _, path::Path};
 
 use clap::CommandFactory as _;
 use clap_complete::Shell;
 
-use super::args::{Arguments, DaemonArguments, hook_command};
+use super::args::{Arguments, DaemonArguments, EXIT_STATUS, hook_command};
 
-/// Writes `layered-stores.1`, one page a command, and those of the daemon and the hook.
+/// The commands whose arguments are stores.
+const OF_STORES: &str = "status uri start stop remount verify remove-data wait enter";
+
+/// The example that is installed, which explains every key.
+const EXAMPLE: &str = include_str!("../../data/config.toml");
+
+/// What is said below the commands; `\n` stays what it is, and nothing is filled.
+const EXAMPLES: &str = "\
+# What is there, and what is wrong
+layered-stores status
+layered-stores status ci
+
+# Build into the store \"ci\", as root or its owner
+nix build --store \"$(layered-stores uri ci)\" nixpkgs#hello --no-link
+
+# Build into it as anybody whom its Nix daemon lets in
+export NIX_REMOTE=\"$(layered-stores uri --daemon ci)\"
+nix build nixpkgs#hello --no-link --print-out-paths
+
+# Use what was built
+layered-stores enter ci -- /nix/store/\u{2026}-hello/bin/hello
+";
+
+const FILES: [(&str, &str); 4] = [
+    ("/etc/layered-stores/config.toml", "what stores there are, see layered-stores.toml(5)"),
+    ("/var/lib/layered-stores", "stores that are given no place of their own, and what the daemon remembers"),
+    ("/run/layered-stores", "sockets and settings of the stores' Nix daemons, and notes until the next boot"),
+    ("/run/layered-stores/host-nix", "where a command in enter finds the /nix of the machine"),
+];
+
+/// Writes `layered-stores.1`, one page a command, those of the daemon and the hook, and that of the configuration.
 pub(super) fn man(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
-    clap_mangen::generate_to(Arguments::command(), directory)?;
+    clap_mangen::generate_to(Arguments::command().after_help(EXIT_STATUS), directory)?;
+    let see = "layered-storesd(8), layered-stores.toml(5), nix(1)";
+    append(&directory.join("layered-stores.1"), &[examples(EXAMPLES), files(), see_also(see)])?;
     for command in [DaemonArguments::command(), hook_command()] {
         let page = clap_mangen::Man::new(command).section("8");
-        page.render(&mut fs::File::create(directory.join(page.get_filename()))?)?;
+        let path = directory.join(page.get_filename());
+        page.render(&mut fs::File::create(&path)?)?;
+        append(&path, &[files(), see_also("layered-stores(1), layered-stores.toml(5)")])?;
+    }
+    fs::write(directory.join("layered-stores.toml.5"), configuration())
+}
+
+fn append(page: &Path, sections: &[String]) -> io::Result<()> {
+    fs::OpenOptions::new().append(true).open(page)?.write_all(sections.concat().as_bytes())
+}
+
+fn configuration() -> String {
+    let title = format!(".TH layered-stores.toml 5 \"\" \"layered-stores {}\"\n", env!("CARGO_PKG_VERSION"));
+    let name = ".SH NAME\nlayered\\-stores.toml \\- which layered Nix stores there are\n";
+    let description = ".SH DESCRIPTION\n/etc/layered\\-stores/config.toml declares layered Nix stores, in TOML, a table \
+                       for each. The example below has every key. \\fBlayered\\-stores check\\-config\\fR says what is \
+                       wrong with a file, \\fBlayered\\-stores reload\\fR puts a change in force, all of it or nothing. What \
+                       is refused, and why, is in the manual: docs/configuration.md.\n";
+    [title, name.to_owned(), description.to_owned(), examples(EXAMPLE), files(), see_also("layered-stores(1)")].concat()
+}
+
+/// Text that stays as it is: no line is filled.
+fn examples(text: &str) -> String {
+    format!(".SH EXAMPLES\n.nf\n{}.fi\n", verbatim(text))
+}
+
+fn files() -> String {
+    let entry = |(path, what): (&str, &str)| format!(".TP\n\\fI{}\\fR\n{}", verbatim(path).trim_end(), verbatim(what));
+    format!(".SH FILES\n{}", FILES.map(entry).concat())
+}
+
+fn see_also(pages: &str) -> String {
+    format!(".SH SEE ALSO\n{}", verbatim(pages))
+}
+
+/// Nothing in a text is a request or an escape of roff (groff(7)).
+fn verbatim(text: &str) -> String {
+    let line = |line: &str| {
+        let line = line.replace('\\', "\\e").replace('-', "\\-").replace('\u{2026}', "...");
+        let guard = if line.starts_with(['.', '\'']) { "\\&" } else { "" };
+        format!("{guard}{line}\n")
+    };
+    text.lines().map(line).collect()
+}
+
+/// Writes the completions under the names their shells look for. Names of stores come from the daemon that runs.
+pub(super) fn completions(directory: &Path) -> io::Result<()> {
+    fs::create_dir_all(directory)?;
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        let path = clap_complete::generate_to(shell, &mut Arguments::command(), "layered-stores", directory)?;
+        let script = fs::read_to_string(&path)?;
+        fs::write(path, with_names(shell, &script))?;
     }
     Ok(())
 }
 
-/// Writes the completions under the names their shells look for.
-pub(super) fn completions(directory: &Path) -> io::Result<()> {
-    fs::create_dir_all(directory)?;
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut Arguments::command(), "layered-stores", directory)?;
+fn with_names(shell: Shell, script: &str) -> String {
+    match shell {
+        Shell::Bash => {
+            let commands = OF_STORES.replace(' ', "|");
+            format!(
+                r#"{script}
+_layered__stores_with_names() {{
+    _layered__stores "$@"
+    case ${{COMP_WORDS[1]}} in
+    {commands})
+        if [[ $COMP_CWORD -ge 2 && ${{COMP_WORDS[COMP_CWORD]}} != -* ]]; then
+            mapfile -t COMPREPLY < <(compgen -W "$(layered-stores store-names 2>/dev/null)" -- "${{COMP_WORDS[COMP_CWORD]}}")
+        fi
+        ;;
+    esac
+}}
+complete -F _layered__stores_with_names layered-stores
+"#
+            )
+        }
+        Shell::Zsh => {
+            let names = "_layered-stores_names() {\n    local -a names\n    names=(${(f)\"$(layered-stores store-names \
+                         2>/dev/null)\"})\n    compadd -a names\n}\n\n";
+            // The arguments of these names are stores, in every command.
+            let is_of_store = |line: &str| line.contains("name -- ") || line.contains("names -- ");
+            let line = |line: &str| {
+                let line = if is_of_store(line) {
+                    line.replace(":_default", ":_layered-stores_names")
+                } else {
+                    line.to_owned()
+                };
+                line + "\n"
+            };
+            let script: String = script.lines().map(line).collect();
+            script.replacen("\nautoload -U is-at-least\n", &format!("\nautoload -U is-at-least\n\n{names}"), 1)
+        }
+        _ => format!(
+            "{script}complete -c layered-stores -n \"__fish_seen_subcommand_from {OF_STORES}\" -f -a \"(layered-stores \
+             store-names 2>/dev/null)\"\n"
+        ),
     }
-    Ok(())
 }

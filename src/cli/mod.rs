@@ -1,11 +1,18 @@
 //! The command line: asks the daemon over D-Bus and prints what it says.
 
 pub mod args;
-mod client;
 mod commands;
 mod enter;
 mod generate;
+mod inside;
+mod output;
+mod owner;
+mod remove;
 mod render;
+mod status;
+mod uri;
 mod usage;
 
-pub use commands::run;
+pub use commands::{run, run_internal};
+pub use output::{complain, wrapped};
+pub use uri::{Invocation, parse};

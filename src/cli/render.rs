@@ -2,14 +2,17 @@
 
 use std::{
     fmt::Write as _,
+    path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anstyle::{AnsiColor, Style};
+use layered_stores_client::Properties;
+use layered_stores_model::config::{DEFAULT_PATH, declared_names};
 
 use super::{
-    client::Properties,
-    usage::{Usage, human},
+    output::wrapped,
+    usage::{Usage, human, human_part},
 };
 
 const GOOD: Style = AnsiColor::Green.on_default().bold();
@@ -33,10 +36,14 @@ pub(super) fn has_problems(store: &Properties) -> bool {
 }
 
 /// One store, at length.
-pub(super) fn one(store: &Properties, usage: Option<Usage>) -> String {
+pub(super) fn one(store: &Properties, usage: Usage) -> String {
+    let now = SystemTime::now();
     let style = style_of(store);
     let Properties { name, state, state_reason, .. } = store;
     let mut text = format!("{style}●{style:#} {name}: {style}{state}{style:#}");
+    if store.state_change_usec > 0 {
+        let _ = write!(text, " for {}", since(store.state_change_usec, now));
+    }
     if !state_reason.is_empty() && store.problems.iter().all(|(_, message)| message != state_reason) {
         let _ = write!(text, " ({state_reason})");
     }
@@ -46,28 +53,46 @@ pub(super) fn one(store: &Properties, usage: Option<Usage>) -> String {
     };
     let dir = if store.lower_store == store.lower_store_dir { "" } else { &store.lower_store_dir };
     line("lower store", format!("{}  {dir}", store.lower_store).trim_end());
-    let held = match usage {
-        Some(Usage { paths, bytes }) => format!("  {}, {}", count(paths, "path"), human(bytes)),
-        None => String::new(),
-    };
-    line("upper layer", &format!("{}{held}", store.upper_layer));
+    // Whoever may not look into a layer, or would have to wait for it, sees everything else.
+    line("", &usage.lower.map_or_else(|| "?".to_owned(), |paths| count(paths, "path")));
+    line("upper layer", &store.upper_layer);
+    let held = usage.upper.map_or_else(
+        || "?".to_owned(),
+        |held| {
+            let paths = count(held.paths, "path");
+            match held.limited {
+                Some((used, limit)) => format!("{paths}, {}", human_part(used, limit)),
+                None => format!("{paths}, {}; {} free", human(held.bytes), human(held.free)),
+            }
+        },
+    );
+    line("", &held);
     line("real store dir", &store.real_store_dir);
     line("mount unit", &store.mount_unit);
     if !store.daemon_uri.is_empty() {
         line("nix daemon", &store.daemon_uri);
     }
-    line("refreshed", &refreshed(store, SystemTime::now()));
+    line("refreshed", &refreshed(store, now));
+    if store.next_try_usec > 0 {
+        line("next try", &until(store.next_try_usec, now));
+    }
     if !store.declared {
         line("declared", "no: it is taken down and forgotten, its data stays");
     }
     for (code, message) in &store.problems {
-        let _ = writeln!(text, "  {ODD}{:>14}{ODD:#}  {message} [{code}]", "problem");
+        let message = wrapped(&format!("{message} [{code}]"), 18, std::io::stdout());
+        let _ = writeln!(text, "  {ODD}{:>14}{ODD:#}  {message}", "problem");
     }
     text
 }
 
 /// All stores, a line each, and then what is wrong.
-pub(super) fn table(stores: &[(Properties, Option<usize>)]) -> String {
+pub(super) fn table(stores: &[(&Properties, Option<usize>)]) -> String {
+    if stores.is_empty() && !declared_names(Path::new(DEFAULT_PATH)).is_empty() {
+        return format!(
+            "The daemon knows of no stores. It has not read those in {DEFAULT_PATH}; run `layered-stores reload`.\n"
+        );
+    }
     if stores.is_empty() {
         return "No stores are declared. Declare one in /etc/layered-stores/config.toml, for example:\n\n    \
                 [stores.ci]\n    lower-store = \"daemon\"\n\nand run `layered-stores reload`.\n"
@@ -97,7 +122,9 @@ pub(super) fn table(stores: &[(Properties, Option<usize>)]) -> String {
     }
     for (store, _) in stores.iter().filter(|(store, _)| has_problems(store)) {
         for (code, message) in &store.problems {
-            let _ = writeln!(text, "\n{ODD}{}{ODD:#}: {message} [{code}]", store.name);
+            let message = wrapped(&format!("{}: {message} [{code}]", store.name), 2, std::io::stdout());
+            let message = message.strip_prefix(&store.name).unwrap_or(&message);
+            let _ = writeln!(text, "\n{ODD}{}{ODD:#}{message}", store.name);
         }
     }
     text
@@ -125,12 +152,26 @@ fn refreshed(store: &Properties, now: SystemTime) -> String {
 }
 
 fn ago(time: Duration) -> String {
+    if time.as_secs() == 0 { "just now".to_owned() } else { format!("{} ago", roughly(time)) }
+}
+
+/// How long something has been so.
+fn since(usec: u64, now: SystemTime) -> String {
+    roughly(now.duration_since(UNIX_EPOCH + Duration::from_micros(usec)).unwrap_or_default())
+}
+
+/// How long it is until something happens.
+fn until(usec: u64, now: SystemTime) -> String {
+    let left = (UNIX_EPOCH + Duration::from_micros(usec)).duration_since(now).unwrap_or_default();
+    format!("in {}", roughly(left))
+}
+
+fn roughly(time: Duration) -> String {
     match time.as_secs() {
-        0 => "just now".to_owned(),
-        seconds @ 1..60 => format!("{seconds} s ago"),
-        seconds @ 60..3600 => format!("{} min ago", seconds / 60),
-        seconds @ 3600..172_800 => format!("{} h ago", seconds / 3600),
-        seconds => format!("{} days ago", seconds / 86400),
+        seconds @ 0..60 => format!("{seconds} s"),
+        seconds @ 60..3600 => format!("{} min", seconds / 60),
+        seconds @ 3600..172_800 => format!("{} h", seconds / 3600),
+        seconds => format!("{} days", seconds / 86400),
     }
 }
 

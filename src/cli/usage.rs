@@ -1,77 +1,260 @@
-//! How much an upper layer holds.
+//! How much a store holds, and how much room is left.
+//!
+//! What is counted belongs to somebody else, perhaps, and may lie on a filesystem that does not answer. So it is counted by
+//! descriptors, through which no link and no mount is followed, and by a process of its own, which is left behind when it
+//! takes too long: the kernel lets a thread that waits for a filesystem go on waiting, and with it its process.
 
-use std::{collections::HashSet, fs, io, os::unix::fs::MetadataExt, path::PathBuf};
+use std::{
+    collections::{HashMap, HashSet},
+    ffi::OsStr,
+    io::{self, BufRead as _, Write as _},
+    os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
+    process::{Command, Stdio},
+    sync::{Mutex, PoisonError, mpsc},
+    time::{Duration, Instant},
+};
 
-use crate::overlay::probe::is_store_path_name;
+use layered_stores_client::Properties;
+use layered_stores_overlay::{context::is_tmpfs, probe::is_store_path_name};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
+use serde::{Deserialize, Serialize};
 
-/// What an upper layer holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Usage {
+/// How long it may take altogether.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How many directories are counted at a time: one that hangs holds up no other.
+const THREADS: usize = 16;
+
+/// How deep directories are followed, each with an open descriptor.
+const DEPTH: usize = 512;
+
+/// What a directory of store objects holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Held {
     /// How many store paths.
     pub(super) paths: usize,
     /// How many bytes on disk, files with several names counted once.
     pub(super) bytes: u64,
+    /// How many bytes can be added.
+    pub(super) free: u64,
+    /// If it is in memory, how much of its limit is taken, and the limit.
+    pub(super) limited: Option<(u64, u64)>,
 }
 
-/// Counts the store paths of an upper layer.
-pub(super) fn paths(upper: &str) -> io::Result<usize> {
-    let is_path = |entry: &fs::DirEntry| is_store_path_name(&entry.file_name().to_string_lossy());
-    Ok(fs::read_dir(upper)?.flatten().filter(is_path).count())
+/// What is known about a store. `None`: it may not be looked at, or it takes too long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Usage {
+    /// What its upper layer holds.
+    pub(super) upper: Option<Held>,
+    /// How many store paths its lower store holds.
+    pub(super) lower: Option<usize>,
 }
 
-/// Adds up an upper layer. Looks at every file.
-pub(super) fn usage(upper: &str) -> io::Result<Usage> {
-    let paths = paths(upper)?;
-    let mut counted = HashSet::new();
-    let mut bytes = 0;
-    let mut directories = vec![PathBuf::from(upper)];
-    while let Some(directory) = directories.pop() {
-        // Paths come and go while they are added up.
-        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
-            let Ok(metadata) = entry.metadata() else { continue };
-            if metadata.is_dir() {
-                directories.push(entry.path());
-            }
-            if metadata.nlink() == 1 || metadata.is_dir() || counted.insert((metadata.dev(), metadata.ino())) {
-                bytes += metadata.blocks() * 512;
+/// Counts what stores hold, as far as that is known soon.
+pub(super) fn of(stores: &[Properties]) -> Vec<Usage> {
+    let mut asked: Vec<(bool, &str)> = stores.iter().map(|store| (true, store.upper_layer.as_str())).collect();
+    let lowers: HashSet<_> = stores.iter().map(|store| (false, store.lower_store_dir.as_str())).collect();
+    asked.extend(lowers);
+    let found = counted(&asked).unwrap_or_default();
+    let held = |deep, directory: &String| found.get(&(deep, directory.clone())).copied();
+    let usage = |store: &Properties| Usage {
+        upper: held(true, &store.upper_layer),
+        lower: held(false, &store.lower_store_dir).map(|held| held.paths),
+    };
+    stores.iter().map(usage).collect()
+}
+
+/// A line of what the counting process says.
+type Line = ((bool, String), Held);
+
+fn counted(asked: &[(bool, &str)]) -> io::Result<HashMap<(bool, String), Held>> {
+    let mut child = Command::new("/proc/self/exe")
+        .arg("count")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let (mut to, from) = (child.stdin.take(), child.stdout.take());
+    let question = serde_json::to_vec(asked).map_err(io::Error::from)?;
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        if let Some(mut to) = to.take() {
+            let _ = to.write_all(&question);
+        }
+        for line in from.into_iter().flat_map(|from| io::BufReader::new(from).lines()).map_while(Result::ok) {
+            if let Ok(line) = serde_json::from_str::<Line>(&line)
+                && sender.send(line).is_err()
+            {
+                break;
             }
         }
+    });
+    let deadline = Instant::now() + PATIENCE;
+    let mut found = HashMap::new();
+    while found.len() < asked.len() {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok((directory, held)) => drop(found.insert(directory, held)),
+            Err(_) => break,
+        }
     }
-    Ok(Usage { paths, bytes })
+    // It is not waited for, because that may take for ever.
+    let _ = child.kill();
+    Ok(found)
 }
+
+/// What the counting process does: reads which directories to count, and whether at depth, and says what they hold.
+pub(super) fn count() -> io::Result<()> {
+    let asked: Vec<(bool, String)> = serde_json::from_reader(io::stdin())?;
+    let threads = asked.len().min(THREADS);
+    let asked = Mutex::new(asked.into_iter());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let next = asked.lock().unwrap_or_else(PoisonError::into_inner).next();
+                    let Some((deep, directory)) = next else { break };
+                    if let Ok(held) = held(&directory, deep)
+                        && let Ok(line) = serde_json::to_string(&((deep, directory), held))
+                    {
+                        let _ = writeln!(io::stdout(), "{line}");
+                    }
+                }
+            });
+        }
+    });
+    Ok(())
+}
+
+fn held(directory: &str, deep: bool) -> io::Result<Held> {
+    let top = rustix::fs::openat2(CWD, directory, FLAGS, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
+    let is_path = |entry: rustix::io::Result<rustix::fs::DirEntry>| {
+        entry.is_ok_and(|entry| is_store_path_name(OsStr::from_bytes(entry.file_name().to_bytes())))
+    };
+    let paths = Dir::read_from(&top)?.filter_map(|entry| is_path(entry).then_some(())).count();
+    if !deep {
+        return Ok(Held { paths, ..Held::default() });
+    }
+    let filesystem = rustix::fs::fstatfs(&top)?;
+    let block = u64::try_from(filesystem.f_bsize).unwrap_or(0);
+    let (all, free) = (filesystem.f_blocks * block, filesystem.f_bavail * block);
+    let is_limited = is_tmpfs(&filesystem) && all > 0;
+    let limited = is_limited.then(|| (all - filesystem.f_bfree * block, all));
+    Ok(Held { paths, bytes: bytes(top)?, free, limited })
+}
+
+const FLAGS: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
+
+/// Adds up a directory. Files come and go meanwhile, and whoever owns them may put links in their place.
+fn bytes(top: OwnedFd) -> io::Result<u64> {
+    let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    let mut counted = HashSet::new();
+    let mut bytes = 0;
+    let mut open = vec![Dir::new(top)?];
+    while let Some(directory) = open.last_mut() {
+        let Some(entry) = directory.next() else {
+            open.pop();
+            continue;
+        };
+        let entry = entry?;
+        if matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let at = directory.fd()?;
+        let Ok(stat) = rustix::fs::statat(at, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        if is_directory || stat.st_nlink == 1 || counted.insert((stat.st_dev, stat.st_ino)) {
+            bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+        }
+        let below = if is_directory {
+            rustix::fs::openat2(at, entry.file_name(), FLAGS, Mode::empty(), within).ok()
+        } else {
+            None
+        };
+        if let Some(below) = below
+            && open.len() < DEPTH
+        {
+            open.push(Dir::new(below)?);
+        }
+    }
+    Ok(bytes)
+}
+
+const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
 
 /// A size as people read it.
 pub(super) fn human(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut size = bytes as f64;
-    let mut unit = 0;
-    while size >= 1024.0 && unit + 1 < UNITS.len() {
-        size /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{size:.1} {}", UNITS[unit]) }
+    let unit = unit_of(bytes);
+    format!("{} {}", in_unit(bytes, unit), UNITS[unit])
+}
+
+/// A part of a size, both in the unit of the whole.
+pub(super) fn human_part(part: u64, whole: u64) -> String {
+    let unit = unit_of(whole);
+    format!("{} of {} {}", in_unit(part, unit), in_unit(whole, unit), UNITS[unit])
+}
+
+fn unit_of(bytes: u64) -> usize {
+    (1..UNITS.len()).take_while(|unit| bytes >> (10 * unit) > 0).count()
+}
+
+/// With one decimal where there is anything behind the point.
+fn in_unit(bytes: u64, unit: usize) -> String {
+    let text = format!("{:.1}", bytes as f64 / f64::from(1u32 << 10).powi(i32::try_from(unit).unwrap_or(0)));
+    text.strip_suffix(".0").map_or_else(|| text.clone(), str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, os::unix::fs::symlink, path::Path};
+
     use super::*;
 
+    fn of(directory: &Path) -> Held {
+        held(&directory.to_string_lossy(), true).expect("counted")
+    }
+
     #[test]
-    fn files_with_several_names_count_once() {
+    fn files_with_several_names_count_once_and_links_lead_nowhere() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("00000000000000000000000000000000-a");
         fs::create_dir(&path).expect("made");
         fs::write(path.join("one"), "x").expect("written");
-        let alone = usage(&dir.path().to_string_lossy()).expect("usage");
+        let alone = of(dir.path());
         fs::hard_link(path.join("one"), path.join("two")).expect("linked");
-        assert_eq!(usage(&dir.path().to_string_lossy()).expect("usage"), alone);
+        assert_eq!(of(dir.path()).bytes, alone.bytes);
         assert_eq!(alone.paths, 1);
+        symlink("/usr", path.join("elsewhere")).expect("linked");
+        assert!(of(dir.path()).bytes <= alone.bytes + 4096);
+        // The directory itself, too.
+        symlink(dir.path(), path.join("again")).expect("linked");
+        assert!(held(&path.join("again").to_string_lossy(), true).is_err());
+    }
+
+    #[test]
+    fn deep_directories_are_counted_as_far_as_that_goes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut at = rustix::fs::open(dir.path(), FLAGS, Mode::empty()).expect("opened");
+        for _ in 0..2 * DEPTH {
+            rustix::fs::mkdirat(&at, "d", Mode::RWXU).expect("made");
+            at = rustix::fs::openat(&at, "d", FLAGS, Mode::empty()).expect("opened");
+        }
+        of(dir.path());
     }
 
     #[test]
     fn sizes_read_well() {
-        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")] {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (4096, "4 KiB"),
+            (1536, "1.5 KiB"),
+            (5 << 30, "5 GiB"),
+            (1 << 50, "1024 TiB"),
+        ] {
             assert_eq!(human(bytes), text);
         }
+        assert_eq!(human_part(76 << 20, 256 << 20), "76 of 256 MiB");
+        assert_eq!(human_part(512 << 10, 64 << 20), "0.5 of 64 MiB");
     }
 }

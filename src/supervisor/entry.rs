@@ -2,26 +2,32 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, Weak},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use layered_stores_model::{Service, StoreSpec, printable};
+use layered_stores_overlay::{
+    lock::UpperLock,
+    mountinfo::{Location, MountState, MountTable},
+    place::MountId,
+    probe::Stale,
+    progress::{Progress, Spot},
+    refresh::{Changes, Fingerprint, Rung},
+};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     Error,
+    askers::Askers,
+    limit::Limit,
     operation::Up,
+    owed::{Aim, Owed},
     plan::{Failure, Phase, Want},
+    room::Rooms,
     status::{Problem, State, Status, StatusCell},
-};
-use crate::{
-    overlay::{
-        layers::UpperLock,
-        mountinfo::MountState,
-        probe::Stale,
-        refresh::{Changes, Fingerprint, Rung},
-    },
-    store::{NixDaemon, StoreSpec},
+    threads::{DEADLINE, Errand},
+    whereabouts::Whereabouts,
 };
 
 /// Where the answer to a command goes.
@@ -35,14 +41,33 @@ const REPAIR_WINDOW: Duration = Duration::from_secs(60);
 const RETRY_FIRST: Duration = Duration::from_secs(5);
 const RETRY_MOST: Duration = Duration::from_secs(300);
 
-/// Changes of a layer are looked into once they pause this long, and at the latest after [`SETTLE_MOST`]. Nix calls the
-/// hook when it has deleted everything, which is most often sooner.
-const SETTLE: Duration = Duration::from_millis(300);
-const SETTLE_MOST: Duration = Duration::from_secs(3);
+/// A Nix daemon that was connected to for so long has nothing to do with an earlier failure.
+const SERVED_WELL: Duration = Duration::from_secs(600);
+
+/// How often a store is swapped, when it is not root who asks for it. Each swap makes a superblock, and who holds a file open
+/// keeps it.
+const SWAPS: Limit = Limit::new(8, SWAPS_APART);
+pub(super) const SWAPS_APART: Duration = Duration::from_secs(10);
+
+/// How many superblocks swaps may have left behind that somebody holds, until it is root who asks for another one. An honest
+/// store has one for each collection of garbage since its longest build began, if that.
+pub(super) const LEFT: usize = 32;
+
+/// How often a store is refreshed for those who ask for it without a pause. They are all answered by one refresh.
+const REFRESHES: Limit = Limit::new(1000, Duration::from_millis(5));
+
+/// How many lines of the journal refreshes get; others are counted, and the next line has their number.
+const LINES: Limit = Limit::new(10, Duration::from_secs(10));
 
 /// The problems of which a store that failed has one.
-const WHY_FAILED: [Problem; 5] =
-    [Problem::StartFailed, Problem::Covered, Problem::Foreign, Problem::MountLost, Problem::NotOurs];
+const WHY_FAILED: [Problem; 6] = [
+    Problem::StartFailed,
+    Problem::UpperMissing,
+    Problem::Covered,
+    Problem::Foreign,
+    Problem::MountLost,
+    Problem::NotOurs,
+];
 
 /// What is being done about a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,37 +79,8 @@ pub(super) enum Op {
     Release,
     Refresh,
     Serve,
-}
-
-/// A refresh that should be made.
-#[derive(Debug, Default)]
-pub(super) struct Owed {
-    pub(super) changes: Changes,
-    pub(super) from: Rung,
-    since: Option<Instant>,
-    pub(super) due: Option<Instant>,
-}
-
-impl Owed {
-    /// Adds changes that were seen; more of them may follow at once.
-    pub(super) fn see(&mut self, changes: Changes, now: Instant) {
-        self.changes.merge(changes);
-        let since = *self.since.get_or_insert(now);
-        self.due = Some((now + SETTLE).min(since + SETTLE_MOST));
-    }
-
-    /// Adds what cannot wait.
-    pub(super) fn demand(&mut self, changes: Changes, from: Rung, due: Instant) {
-        self.changes.merge(changes);
-        self.from = self.from.max(from);
-        self.since.get_or_insert(due);
-        self.due = Some(self.due.map_or(due, |before| before.min(due)));
-    }
-
-    pub(super) fn take(&mut self) -> (Changes, Rung) {
-        let Self { changes, from, .. } = std::mem::take(self);
-        (changes, from)
-    }
+    Remove,
+    Hold,
 }
 
 /// What the engine knows about one store.
@@ -100,19 +96,42 @@ pub(super) struct Entry {
     pub(super) reason: String,
     pub(super) mount: MountState,
     pub(super) lock: Option<UpperLock>,
+    /// The mount that was made, taken over, or swapped in.
+    pub(super) mounted: Option<MountId>,
     pub(super) op: Option<Op>,
+    /// It was time to plan for it, and something was being done about it: that comes before the next refresh, or those who
+    /// ask for refreshes without a pause would keep everything else from it.
+    pub(super) passed_over: bool,
+    /// It was where it should be, or was given up on, since the start or the last reload. What is done about it later does
+    /// not make anybody wait.
+    pub(super) reached: bool,
     /// Whether a failed operation may be tried again now.
     pub(super) retry: bool,
     pub(super) retry_at: Option<Instant>,
+    /// The same for people.
+    next_try_usec: u64,
     retries: u32,
     repairs: VecDeque<Instant>,
     pub(super) owed: Owed,
-    /// What the refresh in flight was given, to be owed again if it fails.
-    pub(super) paying: Changes,
+    /// What the refresh in flight is to do.
+    pub(super) paying: Option<Aim>,
+    /// When the refresh in flight began, if nobody has asked for it.
+    pub(super) unasked: Option<Instant>,
+    pub(super) swaps: Limit,
+    pub(super) refreshes: Limit,
+    /// When those who ask are served again, if they ask too often.
+    pub(super) refresh_at: Option<Instant>,
+    pub(super) lines: Limit,
+    /// The refreshes that no line of the journal has told of.
+    pub(super) untold: u64,
     /// The fingerprint on record, if this run of the daemon has put it there.
     pub(super) fingerprint: Option<Fingerprint>,
     /// What was last seen to about its Nix daemon; `None` while nothing was.
-    pub(super) served: Option<Option<NixDaemon>>,
+    pub(super) served: Option<Option<Service>>,
+    pub(super) served_at: Option<Instant>,
+    /// When its Nix daemon is seen to again, after a failure, and how many failures there were.
+    pub(super) serve_at: Option<Instant>,
+    serve_failures: u32,
     problems: BTreeMap<Problem, String>,
     pub(super) last_refresh_usec: u64,
     pub(super) last_refresh: &'static str,
@@ -122,10 +141,31 @@ pub(super) struct Entry {
     pub(super) cell: StatusCell,
     pub(super) starting: Vec<Reply>,
     pub(super) stopping: Vec<Reply>,
+    /// Those who wait until what is in it is removed.
+    pub(super) removing: Vec<Reply>,
     /// Those who wait for a refresh that has not begun, and for the one that has.
     pub(super) remounting: Vec<Reply>,
     pub(super) refreshing: Vec<Reply>,
-    pub(super) verifying: Vec<Reply<Vec<Stale>>>,
+    /// Root is among them.
+    pub(super) root_asks: bool,
+    /// Those who ask before it is known whose store it is.
+    pub(super) unproven: Vec<(u32, Reply)>,
+    /// Those who wait until there may be another swap.
+    pub(super) queueing: Vec<Reply>,
+    /// Those who wait for a look at all paths.
+    pub(super) verifying: Askers<Vec<Stale>>,
+    /// How far what is being done about it has come.
+    errands: Vec<Weak<Progress>>,
+    /// Why it counts as stuck, while it does.
+    pub(super) stuck: Option<String>,
+    pub(super) whereabouts: Whereabouts,
+    /// Whether its mount is read-only, and whether its upper layer takes writes.
+    read_only: bool,
+    pub(super) rooms: Rooms,
+    /// When what could not be had for it is tried for again: its lock, its record, its watches.
+    pub(super) hold_at: Option<Instant>,
+    /// Where its upper layer and its state dir were last seen to lie.
+    own_seen: Option<[Option<Location>; 2]>,
     /// What an operation that ended well has brought; it counts once the mount table agrees.
     pub(super) unconfirmed: Option<Up>,
 }
@@ -148,15 +188,28 @@ impl Entry {
             reason: String::new(),
             mount: MountState::Absent,
             lock: None,
+            mounted: None,
             op: None,
+            passed_over: false,
+            reached: false,
             retry: true,
             retry_at: None,
+            next_try_usec: 0,
             retries: 0,
             repairs: VecDeque::new(),
             owed: Owed::default(),
-            paying: Changes::default(),
+            paying: None,
+            unasked: None,
+            swaps: SWAPS,
+            refreshes: REFRESHES,
+            refresh_at: None,
+            lines: LINES,
+            untold: 0,
             fingerprint: None,
             served: None,
+            served_at: None,
+            serve_at: None,
+            serve_failures: 0,
             problems: BTreeMap::new(),
             last_refresh_usec: 0,
             last_refresh: "",
@@ -165,11 +218,39 @@ impl Entry {
             owner_uid: 0,
             starting: Vec::new(),
             stopping: Vec::new(),
+            removing: Vec::new(),
             remounting: Vec::new(),
             refreshing: Vec::new(),
-            verifying: Vec::new(),
+            root_asks: false,
+            unproven: Vec::new(),
+            queueing: Vec::new(),
+            verifying: Askers::default(),
+            errands: Vec::new(),
+            stuck: None,
+            whereabouts: Whereabouts::default(),
+            read_only: false,
+            rooms: Rooms::default(),
+            hold_at: None,
+            own_seen: None,
             unconfirmed: None,
         }
+    }
+
+    /// Follows something that is done about it.
+    pub(super) fn follow(&mut self, errand: &Errand) {
+        self.errands.retain(|progress| progress.strong_count() > 0);
+        self.errands.push(Arc::downgrade(&errand.progress));
+    }
+
+    /// What has not answered for the longest time, and since when.
+    pub(super) fn waits_for(&self) -> Option<(Spot, std::time::Instant)> {
+        self.errands.iter().filter_map(|progress| progress.upgrade()?.spot()).min_by_key(|(_, since)| *since)
+    }
+
+    /// When it is to be looked whether it is stuck, or still is.
+    pub(super) fn stuck_due(&self) -> Option<Instant> {
+        let (_, since) = self.waits_for()?;
+        Some((since + DEADLINE).into()).filter(|_| self.stuck.is_none())
     }
 
     /// Changes what is wanted, which makes every earlier failure worth another try.
@@ -185,13 +266,26 @@ impl Entry {
     pub(super) fn try_again(&mut self) {
         self.retry = true;
         self.retry_at = None;
+        self.serve_at = None;
+        self.next_try_usec = 0;
     }
 
     /// Schedules another try of what just failed.
     pub(super) fn retry_later(&mut self, now: Instant) {
         self.retry = false;
-        self.retry_at = Some(now + RETRY_FIRST.saturating_mul(1 << self.retries.min(8)).min(RETRY_MOST));
+        let pause = retry_after(self.retries);
+        self.retry_at = Some(now + pause);
+        self.next_try_usec = realtime_usec(pause);
         self.retries += 1;
+    }
+
+    /// Has its Nix daemon seen to again.
+    pub(super) fn serve_later(&mut self, now: Instant) {
+        if self.served_at.take().is_some_and(|at| now >= at + SERVED_WELL) {
+            self.serve_failures = 0;
+        }
+        self.serve_at = Some(now + retry_after(self.serve_failures));
+        self.serve_failures += 1;
     }
 
     /// Notes that it is up.
@@ -204,14 +298,25 @@ impl Entry {
         self.clear(&[Problem::Busy, Problem::RefreshFailed, Problem::Stale]);
     }
 
+    /// Gives the upper layer back. Closing a file may have to ask the filesystem.
+    pub(super) fn unlock(&mut self) {
+        if let Some(lock) = self.lock.take() {
+            tokio::task::spawn_blocking(move || drop(lock));
+        }
+    }
+
     /// Notes that it is down.
     pub(super) fn down(&mut self) {
         self.phase = Phase::Inactive;
         self.reason.clear();
-        self.lock = None;
+        self.unlock();
+        self.mounted = None;
         self.owed = Owed::default();
         self.fingerprint = None;
         self.served = None;
+        self.whereabouts = Whereabouts::default();
+        self.rooms = Rooms::default();
+        self.hold_at = None;
         self.problems.clear();
     }
 
@@ -221,7 +326,7 @@ impl Entry {
         self.clear(&others);
         self.phase = Phase::Failed { seen: self.mount.clone() };
         self.retry = false;
-        self.reason.clone_from(&reason);
+        self.reason = printable(&reason);
         self.problem(problem, reason);
     }
 
@@ -234,9 +339,7 @@ impl Entry {
                 let reason = format!("its lower store {lower} is not up; see `layered-stores status {lower}`");
                 (Problem::StartFailed, reason)
             }
-            Failure::Covered(by) => {
-                (Problem::Covered, format!("{by} is mounted on top of {at}; unmount it with `umount {at}`"))
-            }
+            Failure::Covered(cover) => (Problem::Covered, cover.to_string()),
             Failure::Foreign(what) => (
                 Problem::Foreign,
                 format!(
@@ -258,17 +361,51 @@ impl Entry {
             ),
         };
         if problem == Problem::MountLost {
-            self.lock = None;
+            self.unlock();
         }
         self.fail(problem, reason);
     }
 
     pub(super) fn problem(&mut self, problem: Problem, message: String) {
+        // What others have named, such as mounts and processes, is in it.
+        let message = printable(&message);
         if self.problems.get(&problem) != Some(&message) {
             let name = &self.spec.name;
             tracing::warn!(store = %name, problem = problem.code(), "{name}: {message}");
             self.problems.insert(problem, message);
         }
+    }
+
+    /// Notes a refresh that did something, and tells the journal of it.
+    pub(super) fn refreshed(&mut self, refresh: &'static str, probed: usize, now: Instant) {
+        self.refresh_count += 1;
+        self.last_refresh = refresh;
+        self.last_refresh_usec = realtime_usec(Duration::ZERO);
+        if self.untold > 0 || self.lines.next(now).is_some() {
+            self.untold += 1;
+            return;
+        }
+        self.lines.count(now);
+        let name = &self.spec.name;
+        tracing::info!(store = %name, refresh, probed, "{name}: {refresh} (paths probed: {probed})");
+    }
+
+    /// When the journal is to be told of the refreshes that had no line of their own.
+    pub(super) fn tell_at(&self, now: Instant) -> Option<Instant> {
+        (self.untold > 0).then(|| self.lines.next(now).unwrap_or(now))
+    }
+
+    /// Tells the journal of those, if it is time.
+    pub(super) fn tell_rest(&mut self, now: Instant) {
+        if self.tell_at(now).is_some_and(|at| at <= now) {
+            self.lines.count(now);
+            let (name, refreshes, swaps) = (&self.spec.name, std::mem::take(&mut self.untold), self.swap_count);
+            tracing::info!(store = %name, refreshes, swaps, "{name}: refreshed {refreshes} times more ({swaps} swaps so far)");
+        }
+    }
+
+    pub(super) fn has(&self, problem: Problem) -> bool {
+        self.problems.contains_key(&problem)
     }
 
     pub(super) fn clear(&mut self, problems: &[Problem]) {
@@ -277,23 +414,85 @@ impl Entry {
         }
     }
 
+    /// Notes what the mount table says: what is mounted, and whether whoever comes by path finds it and what it is made of.
+    pub(super) fn look_at(&mut self, table: &MountTable) {
+        let layers = &self.spec.layers;
+        self.mount = table.state(layers);
+        if !matches!(self.mount, MountState::Mounted { .. }) {
+            return;
+        }
+        if self.unconfirmed.is_some() {
+            self.whereabouts.note(layers, table, self.op == Some(Op::Start));
+        }
+        if let Some(cover) = self.whereabouts.cover(layers, table) {
+            self.mount = MountState::Covered(cover);
+        }
+    }
+
     /// Notes what the mount table says about a mount that is in use.
     pub(super) fn look_at_mount(&mut self) {
-        let MountState::Mounted { read_only, unpinned, .. } = self.mount.clone() else { return };
-        if read_only {
-            let message =
-                "the kernel refuses writes to it; look for errors of the upper layer's filesystem, or remount it rw";
-            self.problem(Problem::ReadOnly, message.to_owned());
-        } else {
-            self.clear(&[Problem::ReadOnly]);
-        }
-        match unpinned {
-            Some(option) => {
-                let message =
-                    format!("it is mounted with {option}, which makes changes of its layers dangerous; restart it");
+        let MountState::Mounted { read_only, unpinned, flags, .. } = self.mount.clone() else { return };
+        self.read_only = read_only;
+        self.look_at_room();
+        match (unpinned, flags) {
+            (Some(option), _) => {
+                let message = format!(
+                    "it is mounted with {option}, which makes changes of its layers dangerous; run `layered-stores stop {0}` \
+                     and `start {0}`",
+                    self.spec.name
+                );
                 self.problem(Problem::MountOptions, message);
             }
-            None => self.clear(&[Problem::MountOptions]),
+            (None, Some(differ)) => {
+                let at = &self.spec.layers.merged;
+                let message = format!(
+                    "it is mounted {differ}, other than declared; unmount it with `umount {at}`, and it is mounted anew"
+                );
+                self.problem(Problem::MountOptions, message);
+            }
+            (None, None) => self.clear(&[Problem::MountOptions]),
+        }
+    }
+
+    /// Notes whether it takes writes: its mount, and the filesystem of its upper layer.
+    pub(super) fn look_at_room(&mut self) {
+        let mut wrong = self.rooms.wrong.clone();
+        if self.read_only {
+            let message =
+                "the kernel refuses writes to it; look for errors of the upper layer's filesystem, or remount it rw";
+            wrong = Some((Problem::ReadOnly, message.to_owned()));
+        }
+        for problem in [Problem::ReadOnly, Problem::Full] {
+            match &wrong {
+                Some((is, message)) if *is == problem => self.problem(problem, message.clone()),
+                _ => self.clear(&[problem]),
+            }
+        }
+    }
+
+    /// Notes which mount its lower store lies on. When that is another, what it shows of the lower store is looked at anew:
+    /// a filesystem whose server has ended comes back as another mount, of which no watch tells.
+    pub(super) fn look_at_lower(&mut self, table: &MountTable, now: Instant) {
+        // A layered store underneath tells by itself when it is swapped.
+        if self.spec.lower_name().is_some() {
+            return;
+        }
+        let is_other = self.whereabouts.lower_is_other(&self.spec.layers, table);
+        if is_other && self.phase == Phase::Active {
+            self.owed.demand(Changes::unknown(), Rung::Probe, now);
+        } else if is_other && self.retry_at.is_some() {
+            self.try_again();
+        }
+    }
+
+    /// Notes where its upper layer and its state dir lie. When that is elsewhere, what has failed is tried again: the
+    /// filesystem that was missing may be there.
+    pub(super) fn look_at_own(&mut self, table: &MountTable) {
+        let seen = [&self.spec.layers.upper, &self.spec.state_dir].map(|dir| table.location(dir.as_str()));
+        let is_other = self.own_seen.as_ref().is_some_and(|before| *before != seen);
+        self.own_seen = Some(seen);
+        if is_other && self.retry_at.is_some() && matches!(self.phase, Phase::Failed { .. }) {
+            self.try_again();
         }
     }
 
@@ -301,8 +500,8 @@ impl Entry {
     pub(super) fn is_to_be_served(&self) -> bool {
         self.phase == Phase::Active
             && self.next.is_none()
-            && self.retry
-            && self.served.as_ref() != Some(&self.spec.daemon)
+            && self.serve_at.is_none()
+            && self.served != Some(self.spec.service())
     }
 
     /// Whether it is on its way up, or about to be.
@@ -325,6 +524,27 @@ impl Entry {
         }
     }
 
+    /// Notes whose store it is, which decides about those who have asked for a refresh before it was up.
+    pub(super) fn belongs_to(&mut self, owner_uid: u32) {
+        self.owner_uid = owner_uid;
+        for (uid, reply) in std::mem::take(&mut self.unproven) {
+            if uid == owner_uid {
+                self.remounting.push(reply);
+            } else {
+                let _ = reply.send(Err(Error::NotOwner(self.spec.name.clone())));
+            }
+        }
+    }
+
+    /// Those who wait for a refresh that has not begun.
+    pub(super) fn all_remounting(&mut self) -> Vec<Reply> {
+        self.root_asks = false;
+        let mut all = std::mem::take(&mut self.remounting);
+        all.append(&mut self.queueing);
+        all.extend(self.unproven.drain(..).map(|(_, reply)| reply));
+        all
+    }
+
     /// Whether a mount that vanished may be made again.
     pub(super) fn may_repair(&mut self, now: Instant) -> bool {
         self.repairs.retain(|&at| now < at + REPAIR_WINDOW);
@@ -337,13 +557,17 @@ impl Entry {
 
     /// Whether it is where it should be, or was given up on.
     pub(super) fn is_settled(&self) -> bool {
+        // Nobody knows how long it will be, and it is as little worth waiting for as one that failed.
+        if self.stuck.is_some() {
+            return true;
+        }
         let at_goal = match self.want {
             Want::Up => self.next.is_none() && self.phase != Phase::Inactive && !self.is_to_be_served(),
             Want::Down => self.next.is_none() && self.phase != Phase::Active,
             // Left mounted because it is not ours to unmount.
             Want::Gone => matches!(self.phase, Phase::Failed { .. }),
         };
-        matches!(self.op, None | Some(Op::Refresh)) && (at_goal || self.retry_at.is_some())
+        matches!(self.op, None | Some(Op::Refresh | Op::Remove | Op::Hold)) && (at_goal || self.retry_at.is_some())
     }
 
     /// Publishes the status; returns the one before if it was different.
@@ -360,12 +584,16 @@ impl Entry {
             (Some(lower), None) => format!("waits for its lower store {lower}"),
             _ => String::new(),
         };
+        let (before, since) = self.cell.read(|status| (status.state, status.state_change_usec));
         self.cell.replace(Status {
             spec: Arc::clone(&self.spec),
             state,
+            state_change_usec: if state == before && since > 0 { since } else { realtime_usec(Duration::ZERO) },
+            next_try_usec: self.next_try_usec,
             state_reason: match state {
+                _ if self.op == Some(Op::Remove) && self.stuck.is_none() => "what is in it is being removed".to_owned(),
                 State::Failed => self.reason.clone(),
-                State::Activating => waits(),
+                State::Activating => self.stuck.clone().unwrap_or_else(waits),
                 _ => String::new(),
             },
             problems: self.problems.iter().map(|(problem, message)| (*problem, message.clone())).collect(),
@@ -380,10 +608,21 @@ impl Entry {
 
     /// Answers everybody who waits with an error.
     pub(super) fn answer_all(&mut self, error: &Error) {
-        let waiting = [&mut self.starting, &mut self.stopping, &mut self.remounting, &mut self.refreshing];
+        let waiting = [&mut self.starting, &mut self.stopping, &mut self.removing, &mut self.refreshing];
         answer(waiting.into_iter().flat_map(std::mem::take), &Err(error.clone()));
-        answer(std::mem::take(&mut self.verifying), &Err(error.clone()));
+        answer(self.verifying.all(), &Err(error.clone()));
+        answer(self.all_remounting(), &Err(error.clone()));
     }
+}
+
+fn realtime_usec(ahead: Duration) -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from((since_epoch + ahead).as_micros()).unwrap_or(u64::MAX)
+}
+
+/// How long something that has failed before is left alone.
+fn retry_after(failures: u32) -> Duration {
+    RETRY_FIRST.saturating_mul(1 << failures.min(8)).min(RETRY_MOST)
 }
 
 /// Sends the same answer to all; whoever went away in the meantime misses it.

@@ -1,6 +1,6 @@
 //! Why a command was not carried out.
 
-use crate::store::StoreName;
+use layered_stores_model::StoreName;
 
 /// Why a command was not carried out. Each becomes a D-Bus error of its own name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -23,12 +23,36 @@ pub enum Error {
     /// Other layered stores lie on it.
     #[error("store {0:?} is the lower store of {list}; stop {list} first", list = .1.join(" and "))]
     LowerOf(StoreName, Vec<String>),
+    /// Somebody else asks for a refresh.
+    #[error("only root and the owner of store {0:?} can ask here")]
+    NotOwner(StoreName),
     /// A refresh could not be made.
     #[error("store {0:?} could not be refreshed: {1}")]
     RefreshFailed(StoreName, String),
-    /// A refresh was made, and the merged view is wrong all the same.
-    #[error("store {0:?} is stale even after a swap: {1}; restart it with `layered-stores stop {0}` and `start {0}`")]
+    /// A refresh was made, and the merged view is wrong all the same. The text says how far the refresh went.
+    #[error("store {0:?} is stale: {1}; restart it with `layered-stores stop {0}` and `start {0}`")]
     Stale(StoreName, String),
+    /// A filesystem of the store does not answer.
+    #[error("store {0:?} is stuck: {1}")]
+    Stuck(StoreName, String),
+    /// A swap is needed, and too much of what earlier ones have left is held open.
+    #[error(
+        "store {0:?} is stale, and only a swap helps; processes hold {1} superblocks open that earlier swaps have left: end \
+         those that have files of it open for long, or have root call `layered-stores-remount`"
+    )]
+    Held(StoreName, usize),
+    /// What is in it cannot be removed while it is used.
+    #[error("what is in store {0:?} is not removed: {1}")]
+    InUse(StoreName, String),
+    /// There is nothing to remove.
+    #[error("there is no store {0:?}, and nothing is left of one; `layered-stores list --left-over` names what is")]
+    NothingLeft(StoreName),
+    /// Not all was removed.
+    #[error("not all that is in store {0:?} was removed: {1}; then run `layered-stores remove-data {0}` again")]
+    RemoveFailed(StoreName, String),
+    /// What is left over cannot be listed.
+    #[error("cannot look for what is left over: {0}")]
+    ListFailed(String),
     /// The configuration holds mistakes. The old one stays.
     #[error("the configuration was not changed:\n{0}")]
     InvalidConfiguration(String),

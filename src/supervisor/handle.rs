@@ -1,18 +1,37 @@
 //! The way to the engine for everybody else.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, PoisonError, RwLock},
 };
 
-use tokio::sync::{mpsc, oneshot};
+use layered_stores_model::{AbsolutePath, StoreName, excerpt};
+use layered_stores_overlay::{
+    probe::Stale,
+    remove::{self, LeftOver},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::{
     Error,
     entry::Reply,
     status::{Status, StatusCell},
 };
-use crate::{overlay::probe::Stale, store::StoreName};
+use crate::systemd::SocketState;
+
+/// Who asks for a refresh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// Root: nobody is kept from what they could do by themselves.
+    Root,
+    /// A user, who may if the store is theirs. Whose it is turns out when it is up.
+    User(u32),
+    /// Somebody who was allowed to.
+    Allowed,
+}
 
 /// Something the engine is asked to do.
 #[derive(Debug)]
@@ -22,11 +41,15 @@ pub enum Command {
     /// Take a store down.
     Stop(StoreName, Reply),
     /// Refresh a store's merged view now.
-    Remount(StoreName, Reply),
+    Remount(StoreName, Asker, Reply),
     /// Look at all paths of a store.
     Verify(StoreName, Reply<Vec<Stale>>),
+    /// Remove what is in a store that is not mounted, or what is left of one.
+    RemoveData(StoreName, Reply),
     /// Read the configuration again.
     Reload(Reply),
+    /// How the sockets of Nix daemons were when that was asked, after one has changed. The engine tells it itself.
+    Sockets(Instant, BTreeMap<StoreName, SocketState>),
 }
 
 /// Something that happened, for those who tell others.
@@ -60,6 +83,8 @@ pub enum Event {
 pub(super) struct Registry {
     pub(super) by_name: BTreeMap<StoreName, StatusCell>,
     pub(super) by_path: HashMap<String, StoreName>,
+    /// The directories of stores and all above them, where a mount decides about what a path leads to.
+    pub(super) on_the_way: HashSet<String>,
 }
 
 /// The way to the engine for everybody else.
@@ -67,11 +92,29 @@ pub(super) struct Registry {
 pub struct Handle {
     commands: mpsc::Sender<Command>,
     registry: Arc<RwLock<Registry>>,
+    /// The directory that holds one for each store. Who looks into it holds the lock: if it does not answer, one waits for it.
+    stores: Arc<tokio::sync::Mutex<AbsolutePath>>,
 }
 
 impl Handle {
-    pub(super) fn new(commands: mpsc::Sender<Command>, registry: Arc<RwLock<Registry>>) -> Self {
-        Self { commands, registry }
+    pub(super) fn new(commands: mpsc::Sender<Command>, registry: Arc<RwLock<Registry>>, stores: AbsolutePath) -> Self {
+        Self { commands, registry, stores: Arc::new(tokio::sync::Mutex::new(stores)) }
+    }
+
+    /// What is left of stores that are not declared any more.
+    ///
+    /// # Errors
+    /// [`Error::ListFailed`].
+    pub async fn left_over(&self) -> Result<Vec<LeftOver>, Error> {
+        let stores = Arc::clone(&self.stores).lock_owned().await;
+        let failed = |why: String| Error::ListFailed(why);
+        let listed = tokio::task::spawn_blocking(move || remove::list(&stores)).await;
+        let mut all = listed.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
+        let specs: Vec<_> = self.stores().iter().map(|cell| cell.read(|status| Arc::clone(&status.spec))).collect();
+        all.retain(|left| {
+            remove::is_half_removed(left) || !specs.iter().any(|spec| spec.is_of(&left.name, &left.directory))
+        });
+        Ok(all)
     }
 
     /// The published status of all stores, by name.
@@ -85,7 +128,7 @@ impl Handle {
     /// [`Error::NoSuchStore`].
     pub fn store(&self, name: &str) -> Result<StatusCell, Error> {
         let registry = self.registry.read().unwrap_or_else(PoisonError::into_inner);
-        registry.by_name.get(name).cloned().ok_or_else(|| Error::NoSuchStore(name.to_owned()))
+        registry.by_name.get(name).cloned().ok_or_else(|| Error::NoSuchStore(excerpt(name, StoreName::MAX_LEN)))
     }
 
     /// The published status of the store with a real store dir.
@@ -95,13 +138,14 @@ impl Handle {
     pub fn store_at(&self, real_store_dir: &str) -> Result<StatusCell, Error> {
         let registry = self.registry.read().unwrap_or_else(PoisonError::into_inner);
         let path = real_store_dir.trim_end_matches('/');
-        let name = registry.by_path.get(path).ok_or_else(|| Error::NoStoreAtPath(real_store_dir.to_owned()))?;
-        registry.by_name.get(name).cloned().ok_or_else(|| Error::NoStoreAtPath(real_store_dir.to_owned()))
+        let name = registry.by_path.get(path);
+        let unknown = || Error::NoStoreAtPath(excerpt(real_store_dir, AbsolutePath::MAX_LEN));
+        name.and_then(|name| registry.by_name.get(name)).cloned().ok_or_else(unknown)
     }
 
-    /// Whether a user owns a store.
-    pub fn is_owner(&self, uid: u32) -> bool {
-        self.stores().iter().any(|cell| cell.read(|status| status.owner_uid == uid))
+    /// Whether a user owns a store, or may turn out to.
+    pub fn may_be_owner(&self, uid: u32) -> bool {
+        self.stores().iter().any(|cell| cell.read(|status| status.may_be_owner(uid)))
     }
 
     /// Sends a command and awaits its answer.

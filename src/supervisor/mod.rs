@@ -5,19 +5,28 @@
 //! something changed sends a [`Command`] and awaits the answer; whoever wants to know something reads the published
 //! [`Status`].
 
+mod askers;
 mod engine;
 mod entry;
 mod error;
 mod handle;
+mod limit;
 mod mounts;
 mod nix_daemon;
 mod operation;
+mod owed;
 mod plan;
 mod record;
+mod retirement;
+mod room;
 mod status;
+mod threads;
+mod whereabouts;
 
-pub use engine::{Engine, Settings};
+pub use engine::{Engine, EngineError, Settings};
 pub use error::Error;
-pub use handle::{Command, Event, Handle};
-pub use nix_daemon::nix_conf;
+pub use handle::{Asker, Command, Event, Handle};
+pub use nix_daemon::user_of;
+pub use record::RecordError;
 pub use status::{Problem, State, Status, StatusCell};
+pub use threads::THREADS;

@@ -6,9 +6,8 @@ use std::{
     os::fd::OwnedFd,
 };
 
+use layered_stores_overlay::{host, mountinfo::MountTable};
 use tokio::io::{Interest, unix::AsyncFd};
-
-use crate::overlay::{host, mountinfo::MountTable};
 
 /// The mount table as it changes.
 #[derive(Debug)]

@@ -1,31 +1,47 @@
 //! What is done to a store: the side effects, one function each, that [`plan`](super::plan) asks for.
 //!
-//! Each can be interrupted anywhere and made again. Parts that block run on threads in PID 1's mount namespace.
+//! Each can be interrupted anywhere and made again. Parts that block run on [threads](super::threads).
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::{nix_daemon, record::Records};
-use crate::{
-    overlay::{
-        holders::holders,
-        layers::{self, LayersError, UpperLock},
-        mount::{self, MountError},
-        mountinfo::{MountState, MountTable},
-        probe::{self, Stale},
-        refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
-        swap::{self, OldMount, OldSuperblock, SwapError},
-        watch::{WatchError, Watches},
-    },
-    store::{MountUnitName, StoreSpec},
-    systemd::{Clear, Seen, SocketError, UnitError, Units, mount_unit},
+use layered_stores_model::{AbsolutePath, MountUnitName, StoreName, StoreSpec};
+use layered_stores_overlay::{
+    glance,
+    holders::holders,
+    identity::{self, Id, Marks},
+    layers::{self, LayersError},
+    left::Left,
+    lock::UpperLock,
+    mount::{self, MountError},
+    mountinfo::{MountState, MountTable},
+    owner::{self, OwnerError},
+    place::{MountId, Top},
+    probe::{self, Stale},
+    progress::{self, Spot},
+    refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
+    remove::{self, RemoveError},
+    room::{self, Room},
+    swap::{self, OldMount, SwapError},
+    watch::{WatchError, Watches},
 };
+
+use super::{
+    nix_daemon,
+    owed::Aim,
+    record::Records,
+    status::Problem,
+    threads::{Errand, Threads},
+};
+use crate::systemd::{Clear, FdStore, Seen, SocketError, UnitError, Units, mount_unit};
 
 /// What operations work with.
 #[derive(Clone, Debug)]
 pub(super) struct Tools {
     pub(super) units: Units,
     pub(super) watches: Arc<Watches>,
+    pub(super) left: Arc<Left>,
     pub(super) records: Records,
+    pub(super) threads: Threads,
 }
 
 /// An operation that did not come off. The message is what people read.
@@ -51,34 +67,69 @@ pub(super) enum OperationError {
     Socket(#[from] SocketError),
     #[error("cannot write {}: {source}", .file.display())]
     NixConf { file: PathBuf, source: io::Error },
+    #[error("cannot write the drop-in of layered-stores-nix-daemon@{store}.service: {source}")]
+    NixDaemonUnit { store: StoreName, source: io::Error },
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
     #[error("cannot read the mount table: {0}")]
     MountTable(io::Error),
-    #[error("an operation panicked: {0}")]
+    #[error(
+        "lower-store: the filesystem of {0} was taken away, and what is there now is empty; the store goes on with what it \
+         had; mount the lower store again, or name another"
+    )]
+    LowerTakenAway(AbsolutePath),
+    #[error("a mistake of layered-storesd, please report it: {0}")]
     Panic(String),
+}
+
+impl OperationError {
+    /// What is wrong with a store that did not come up for it.
+    pub(super) fn problem(&self) -> Problem {
+        match self {
+            Self::Layers(
+                LayersError::Missing { .. }
+                | LayersError::Another { .. }
+                | LayersError::OfOther { .. }
+                | LayersError::OtherUpper { .. }
+                | LayersError::NoDatabase { .. }
+                | LayersError::Elsewhere { .. },
+            )
+            | Self::Mount(MountError::OtherUpper(_)) => Problem::UpperMissing,
+            _ => Problem::StartFailed,
+        }
+    }
 }
 
 fn in_use(why: &str, holders: &[String]) -> String {
     if holders.is_empty() { why.to_owned() } else { format!("it is used by {}", holders.join(", ")) }
 }
 
+/// What is held of a store as long as it is up.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    /// `None` if it was held before, or cannot be had.
+    pub(super) lock: Option<UpperLock>,
+    /// Set when changes of the layers will go unseen.
+    pub(super) unwatched: Option<WatchError>,
+    /// Set when what the next daemon is to find could not be written.
+    pub(super) unrecorded: Option<OperationError>,
+}
+
 /// A store that was brought up or taken over.
 #[derive(Debug)]
 pub(super) struct Up {
-    pub(super) lock: Option<UpperLock>,
+    pub(super) held: Held,
+    /// The store's mount, by which it is known again. The first refresh finds one out that was taken over.
+    pub(super) mount: Option<MountId>,
     /// What may be stale already.
     pub(super) changes: Changes,
     pub(super) owner_uid: u32,
-    /// Set when changes of the layers will go unseen.
-    pub(super) unwatched: Option<WatchError>,
+    /// Whether its upper layer takes writes.
+    pub(super) room: Room,
     /// Whether there is anything of a Nix daemon of the store.
     pub(super) served: bool,
-}
-
-/// Runs `work` on a thread in PID 1's mount namespace.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
-) -> Result<T, OperationError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(OperationError::Panic(error.to_string())))
 }
 
 /// Brings a store up that is not mounted, until systemd has seen it. Whether the mount is what it should be, only a look at
@@ -86,83 +137,128 @@ pub(super) async fn blocking<T: Send + 'static>(
 ///
 /// The mount is made here and not by systemd, which would run mount(8) for each. Of what systemd has to know, the unit file
 /// comes first: it is loaded when the mount shows up.
-pub(super) async fn start(tools: Tools, spec: Arc<StoreSpec>, lock: Option<UpperLock>) -> Result<Up, OperationError> {
+pub(super) async fn start(tools: Tools, errand: Errand, lock: Option<UpperLock>) -> Result<Up, OperationError> {
+    let spec = &errand.spec;
     let unit = &spec.mount_unit;
     let prepare = {
-        let (tools, spec) = (tools.clone(), Arc::clone(&spec));
+        let (tools, spec) = (tools.clone(), Arc::clone(spec));
         move || {
             tools.units.refuse_foreign(&spec.mount_unit)?;
-            tools.records.remember(&spec)?;
+            let records = tools.records.marks(&spec)?;
+            // Before the record: the state directory may be what is missing.
+            let (records, ()) = with_what_is_there(&tools, &spec, records, identity::require)?;
+            tools.records.remember(&spec, &identity::retained(&spec, &records))?;
             drop(lock);
-            let lock = layers::prepare(&spec)?;
+            let (lock, marks) =
+                layers::prepare(&spec, &records).map_err(|error| taken_over(&spec, whose(&tools, &spec, error)))?;
+            tools.records.remember(&spec, &marks)?;
             // Before the mount: a fresh mount shows what came before, and the watches tell what comes after.
             let unwatched = tools.watches.add(&spec.name, &spec.layers).err();
-            Ok((lock, unwatched, Fingerprint::of(&spec.layers).ok()))
+            Ok((lock, marks, unwatched, Fingerprint::of(&spec.layers).ok()))
         }
     };
-    let (lock, unwatched, fingerprint) = blocking(prepare).await?;
-    let clear = tools.units.clear(unit, || is_mounted(Arc::clone(&spec))).await?;
+    let (lock, marks, unwatched, fingerprint) = errand.run(prepare).await?;
+    let clear = tools.units.clear(unit, || is_mounted(errand.clone())).await?;
     if clear == Clear::ToBeLoaded {
-        let written = Arc::clone(&spec);
-        blocking(move || write_unit(&written)).await?;
+        let written = Arc::clone(spec);
+        errand.run(move || write_unit(&written)).await?;
         if let Err(error) = tools.units.load(unit).await {
-            remove_unit(&spec).await;
+            remove_unit(&errand).await;
             return Err(error.into());
         }
     }
     let mount = {
-        let (tools, spec) = (tools.clone(), Arc::clone(&spec));
+        let (tools, spec) = (tools.clone(), Arc::clone(spec));
         move || {
+            let mut mount = None;
             if clear != Clear::Mounted {
                 write_unit(&spec)?;
-                mount::mount(&spec.layers).inspect_err(|_| mount_unit::remove(&spec.mount_unit))?;
+                let upper = marks.upper.as_ref().and_then(|mark| mark.id.as_ref());
+                let made = mount::mount(&spec.layers, upper);
+                mount = Some(made.inspect_err(|_| mount_unit::remove(&spec.mount_unit))?);
             }
             if let Some(fingerprint) = fingerprint {
                 tools.records.keep_fingerprint(&spec.name, &fingerprint);
             }
+            progress::at(Spot::Upper);
             let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
-            let served = is_served(&tools, &spec);
-            Ok(Up { lock: Some(lock), changes: Changes::default(), owner_uid, unwatched, served })
+            let (served, room) = (is_served(&tools, &spec), room::look(&spec.layers));
+            let held = Held { lock: Some(lock), unwatched, unrecorded: None };
+            Ok(Up { held, mount, changes: Changes::default(), owner_uid, room, served })
         }
     };
-    let up = blocking(mount).await?;
+    let up = errand.run(mount).await?;
     if clear == Clear::Mounted {
         return Ok(up);
     }
-    let error = match tools.units.seen(unit, || is_mounted(Arc::clone(&spec))).await {
+    let error = match tools.units.seen(unit, || is_mounted(errand.clone())).await {
         Ok(Seen::Ours | Seen::Gone) => return Ok(up),
         Ok(Seen::NotOurs) => UnitError::Exists(unit.clone()),
         Err(error) => error,
     };
     // Nobody was told that it is up.
-    blocking(move || {
-        take_down(&spec)?;
+    let taken_down = Arc::clone(spec);
+    let down = move || {
+        take_down(&taken_down)?;
         Err(error.into())
-    })
-    .await
+    };
+    errand.run(down).await
 }
 
-/// Takes over a mount that is right already.
-pub(super) async fn adopt(tools: Tools, spec: Arc<StoreSpec>, locked: bool) -> Result<Up, OperationError> {
+/// Takes over a mount that is right already, but for its flags if these `differ`.
+pub(super) async fn adopt(tools: Tools, errand: Errand, locked: bool, differ: bool) -> Result<Up, OperationError> {
+    let spec = Arc::clone(&errand.spec);
     // A daemon that was killed may have left a unit file without a mount, and somebody may have mounted it by hand since.
     let unit = &spec.mount_unit;
     if mount_unit::is_ours(unit)
-        && let Ok(Seen::NotOurs) = tools.units.seen(unit, || is_mounted(Arc::clone(&spec))).await
+        && let Ok(Seen::NotOurs) = tools.units.seen(unit, || is_mounted(errand.clone())).await
     {
-        remove_unit(&spec).await;
+        remove_unit(&errand).await;
     }
-    blocking(move || {
-        let lock = if locked { None } else { Some(layers::lock(&spec)?) };
-        tools.records.remember(&spec)?;
-        let unwatched = tools.watches.add(&spec.name, &spec.layers).err();
+    let adopt = move || {
+        let held = take_hold(&tools, &spec, locked)?;
+        // What the daemon has mounted it also puts right; of what somebody else has mounted it says what is wrong.
+        if differ
+            && mount_unit::is_ours(&spec.mount_unit)
+            && let Some(differ) = mount::correct_flags(&spec.layers)?
+        {
+            let name = &spec.name;
+            tracing::warn!(store = %name, "{name}: it was mounted {differ}, other than declared; that is put right");
+        }
         let now = Fingerprint::of(&spec.layers).ok();
         let unchanged = now.is_some() && tools.records.fingerprint(&spec.name) == now;
-        let changes = if unchanged { Changes::default() } else { Changes::unknown() };
+        let changes = if unchanged { Changes::default() } else { Changes::lost() };
+        progress::at(Spot::Upper);
         let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
-        let served = is_served(&tools, &spec);
-        Ok(Up { lock, changes, owner_uid, unwatched, served })
-    })
-    .await
+        let (served, room) = (is_served(&tools, &spec), room::look(&spec.layers));
+        Ok(Up { held, mount: None, changes, owner_uid, room, served })
+    };
+    errand.run(adopt).await
+}
+
+/// Takes hold of what could not be had when a store came up. Whether it is locked already is told by `locked`.
+pub(super) async fn hold(tools: Tools, errand: Errand, locked: bool) -> Result<Held, OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    errand.run(move || take_hold(&tools, &spec, locked)).await
+}
+
+/// A store that is mounted goes on without what cannot be written: taken down, it would be worse off. But it is not for two, and
+/// it is made of its own directories.
+fn take_hold(tools: &Tools, spec: &StoreSpec, locked: bool) -> Result<Held, OperationError> {
+    let (_, marks) = with_what_is_there(tools, spec, tools.records.marks_at_hand(spec)?, layers::look_over)?;
+    let mut held = Held::default();
+    if !locked {
+        match layers::lock(spec) {
+            Ok(lock) => held.lock = Some(lock),
+            Err(error @ LayersError::Locked(_)) => return Err(error.into()),
+            Err(error) => held.unrecorded = Some(error.into()),
+        }
+    }
+    if let Err(error) = tools.records.keep(spec, &marks) {
+        held.unrecorded.get_or_insert(error.into());
+    }
+    held.unwatched = tools.watches.add(&spec.name, &spec.layers).err();
+    Ok(held)
 }
 
 fn is_served(tools: &Tools, spec: &StoreSpec) -> bool {
@@ -170,12 +266,14 @@ fn is_served(tools: &Tools, spec: &StoreSpec) -> bool {
 }
 
 /// Takes a store down.
-pub(super) async fn stop(tools: Tools, spec: Arc<StoreSpec>) -> Result<(), OperationError> {
+pub(super) async fn stop(tools: Tools, errand: Errand) -> Result<(), OperationError> {
+    let spec = Arc::clone(&errand.spec);
     let stopped = tools.units.stop(&spec.mount_unit).await;
-    blocking(move || {
+    let rest = move || {
         match stopped {
             Ok(()) => take_down(&spec)?,
             Err(unit @ UnitError::Job { .. }) => {
+                progress::at(Spot::Merged);
                 let holders = holders(&spec.layers.merged);
                 return Err(OperationError::Unmount { why: unit.to_string(), holders });
             }
@@ -183,81 +281,208 @@ pub(super) async fn stop(tools: Tools, spec: Arc<StoreSpec>) -> Result<(), Opera
         }
         tools.watches.remove(&spec.name);
         Ok(())
-    })
-    .await
+    };
+    errand.run(rest).await
 }
 
 /// Takes the upper of two mounts away.
-pub(super) async fn finish_swap(spec: Arc<StoreSpec>) -> Result<(), OperationError> {
-    blocking(move || Ok(swap::detach_top(&spec.layers.merged)?)).await
+pub(super) async fn finish_swap(errand: Errand) -> Result<OldMount, OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    errand.run(move || Ok(swap::finish(&spec.layers, &FdStore(&spec.name))?)).await
 }
 
 /// Undoes what was prepared for a store that is not mounted. With `forget`, its record goes as well. Its data stays.
-pub(super) async fn release(tools: Tools, spec: Arc<StoreSpec>, forget: bool) -> Result<(), OperationError> {
-    blocking(move || {
+pub(super) async fn release(tools: Tools, errand: Errand, forget: bool) -> Result<(), OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    let release = move || {
         tools.watches.remove(&spec.name);
         // What a daemon that was killed did not come to.
         mount_unit::remove(&spec.mount_unit);
         layers::release_mount_point(&spec.layers.merged)?;
         if forget {
-            tools.records.forget(&spec.name);
+            tools.records.forget(&spec.name)?;
         }
         Ok(())
-    })
-    .await
+    };
+    errand.run(release).await
 }
 
-/// Refreshes a store's merged view. `kept` is the fingerprint on record, if this run of the daemon has put it there.
+/// Has a glance at what changed just now, and reconfigures if the kernel remembers it otherwise. Whether it did.
+pub(super) async fn glance(errand: Errand, aim: Aim, mount: Option<MountId>) -> Result<bool, OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    let glance = move || {
+        let layers = &spec.layers;
+        let is_stale = glance::is_stale(layers, &aim.changes.names);
+        let is_stale = is_stale.map_err(|errno| RefreshError::look(layers, errno))?;
+        let reconfigures = is_stale || aim.from > Rung::Probe;
+        if reconfigures {
+            refresh::reconfigure_store(layers, mount)?;
+        }
+        Ok(reconfigures)
+    };
+    errand.run(glance).await
+}
+
+/// Refreshes a store's merged view, going no further than `to`. `kept` is the fingerprint on record, if this run of the daemon
+/// has put it there; `mount` is the store's mount, if it is known; `above` are the stores that lie on it.
 pub(super) async fn refresh(
     tools: Tools,
-    spec: Arc<StoreSpec>,
-    changes: Changes,
-    from: Rung,
+    errand: Errand,
+    aim: Aim,
+    to: Rung,
     kept: Option<Fingerprint>,
-) -> Result<Report, OperationError> {
-    blocking(move || {
+    mount: Option<MountId>,
+    above: Vec<Arc<StoreSpec>>,
+) -> Result<(Result<Report, OperationError>, Option<OldMount>), OperationError> {
+    let Aim { changes, from, whole, .. } = aim;
+    let looks_at_all = changes.unknown;
+    let spec = Arc::clone(&errand.spec);
+    let refresh = move || {
         // No watch tells that a directory above the lower one was replaced; whoever asks for a refresh finds out.
         let on_record = kept.or_else(|| tools.records.fingerprint(&spec.name));
-        let now = Fingerprint::of(&spec.layers).ok();
-        let is_other = on_record.zip(now).is_some_and(|(then, now)| !now.has_lower_of(&then));
-        let (changes, from) = if is_other { (Changes::unknown(), Rung::Swap) } else { (changes, from) };
-        if changes.unknown || from == Rung::Swap {
-            // A layer may have been replaced by another directory. That it goes unwatched was reported when it was mounted.
-            let _ = tools.watches.add(&spec.name, &spec.layers);
+        let now = look(&spec)?;
+        let is_other = on_record.is_some_and(|then| !now.has_lower_of(&then));
+        if is_other && from == Rung::Probe && is_empty(&spec.layers.lower) {
+            // What is mounted goes on with the old one, and nobody has asked for this.
+            return Err(OperationError::LowerTakenAway(spec.layers.lower.clone()));
         }
-        let report = refresh::refresh(&spec.layers, &changes, from)?;
-        if report.still_stale.is_empty() && kept != Some(report.fingerprint) {
+        let other = (Changes::unknown(), Rung::Swap, Rung::Swap);
+        let (changes, from, to) = if is_other { other } else { (changes, from, to) };
+        // A layer may have been replaced by another directory, or given to somebody else. That it goes unwatched was reported when it
+        // was mounted.
+        let _ = tools.watches.add(&spec.name, &spec.layers);
+        let above: Vec<_> = above.iter().map(|spec| &spec.layers).collect();
+        let (report, old) = refresh::refresh(&spec.layers, &changes, (from, to), mount, &above, &FdStore(&spec.name));
+        // One that cannot be followed is not counted. The kernel has enough of it to say so elsewhere.
+        let _ = old.as_ref().map(|old| tools.left.follow(&spec.name, old));
+        if let Ok(report) = &report
+            && whole
+            && report.is_right()
+            && kept != Some(report.fingerprint)
+        {
             tools.records.keep_fingerprint(&spec.name, &report.fingerprint);
         }
-        Ok(report)
-    })
-    .await
+        Ok((report.map_err(OperationError::from), old))
+    };
+    if looks_at_all { errand.run_long(refresh).await } else { errand.run(refresh).await }
 }
 
-/// Brings the second half of a swap to its end, after [`OldMount::GRACE`].
-///
-/// Calls that were under way in the old superblock may have changed what the new one has looked at in the meantime, so the
-/// new one is reconfigured once more.
-pub(super) async fn retire(old: OldMount, spec: Arc<StoreSpec>) -> OldSuperblock {
-    tokio::time::sleep(OldMount::GRACE).await;
-    let retired = blocking(move || {
-        let retired = old.retire();
-        // The store may have been stopped by now.
-        let _ = refresh::reconfigure(spec.layers.merged.as_str());
-        Ok(retired)
-    });
-    retired.await.unwrap_or(OldSuperblock::Retired)
+/// The layers as they are now.
+fn look(spec: &StoreSpec) -> Result<Fingerprint, RefreshError> {
+    Fingerprint::of(&spec.layers).map_err(|errno| RefreshError::look(&spec.layers, errno))
 }
 
-/// Looks at every path of a mounted store and changes nothing.
-pub(super) async fn verify(spec: Arc<StoreSpec>) -> Result<Vec<Stale>, OperationError> {
-    blocking(move || {
-        let layers = &spec.layers;
-        let names = probe::all_names(layers);
-        let stale = names.and_then(|names| probe::stale(layers, names.iter().map(String::as_str)));
-        Ok(stale.map_err(|errno| RefreshError::Probe(layers.merged.clone(), errno))?)
-    })
-    .await
+fn is_empty(dir: &AbsolutePath) -> bool {
+    progress::at(Spot::Lower);
+    std::fs::read_dir(dir.as_path()).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Which other store has a directory with a mark, and not where it should be. One that has is one that this is a copy of.
+fn whose_mark(tools: &Tools, spec: &StoreSpec, id: &Id) -> Option<StoreName> {
+    let (other, mark) = tools.records.other_with(&spec.name, id)?;
+    (!identity::is_at(&mark)).then_some(other)
+}
+
+/// Looks at a store's directories, with the records by which they are known again; these are returned as well. There are none if
+/// other directories are there that belong together, such as a backup that was put back, unless they are another store's.
+fn with_what_is_there<T>(
+    tools: &Tools,
+    spec: &StoreSpec,
+    records: Vec<Marks>,
+    look: impl Fn(&StoreSpec, &[Marks]) -> Result<T, LayersError>,
+) -> Result<(Vec<Marks>, T), LayersError> {
+    let error = match look(spec, &records) {
+        Ok(found) => return Ok((records, found)),
+        Err(error) => error,
+    };
+    let id = match error {
+        LayersError::Another { .. } => identity::another_pair(spec, &records)?,
+        _ => None,
+    };
+    let Some(id) = id else { return Err(whose(tools, spec, error)) };
+    let (name, upper) = (&spec.name, &spec.layers.upper);
+    if let Some(other) = whose_mark(tools, spec, &id) {
+        return Err(LayersError::OfOther { key: "upper-layer", path: upper.clone(), store: name.to_string(), other });
+    }
+    let found = look(spec, &[])?;
+    tracing::warn!(
+        store = %name,
+        "{name}: {upper} and the database in {} are not those it had before, and belong together; they are taken",
+        spec.state_dir
+    );
+    Ok((Vec::new(), found))
+}
+
+/// Says which store a directory is of that is not this one's: to empty it would be no way out.
+fn whose(tools: &Tools, spec: &StoreSpec, error: LayersError) -> LayersError {
+    match error {
+        LayersError::Another { key, path, store, found: Some(found), wanted } => {
+            match whose_mark(tools, spec, &found) {
+                Some(other) => LayersError::OfOther { key, path, store, other },
+                None => LayersError::Another { key, path, store, found: Some(found), wanted },
+            }
+        }
+        error => error,
+    }
+}
+
+/// Says the way out where the owner's directories are somebody else's.
+fn taken_over(spec: &StoreSpec, error: LayersError) -> OperationError {
+    match (&error, owner::owner(spec)) {
+        (LayersError::OtherOwner { .. }, Err(other @ OwnerError::Other { .. })) => other.into(),
+        _ => error.into(),
+    }
+}
+
+/// What is wrong with whom a store belongs to. What cannot be told is not wrong.
+pub(super) async fn other_owner(errand: Errand) -> Option<String> {
+    let spec = Arc::clone(&errand.spec);
+    let look = move || {
+        progress::at(Spot::Upper);
+        Ok(owner::owner(&spec))
+    };
+    match errand.run(look).await {
+        Ok(Err(error @ OwnerError::Other { .. })) => Some(error.to_string()),
+        _ => None,
+    }
+}
+
+/// Looks whether the upper layer takes writes.
+pub(super) async fn room(errand: Errand) -> Result<Room, OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    errand.run(move || Ok(room::look(&spec.layers))).await
+}
+
+/// Removes all that is in a store that is not mounted. `own` is the directory it has for itself, if it was not given others.
+pub(super) async fn remove(
+    tools: Tools,
+    errand: Errand,
+    lock: Option<UpperLock>,
+    own: Option<AbsolutePath>,
+) -> Result<(), OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    let remove = move || {
+        drop(lock);
+        let forget = || tools.records.forget_marks(&spec.name).map_err(io::Error::other);
+        let records = tools.records.marks(&spec)?;
+        let was_up = tools.records.has_upper(&spec);
+        remove::contents(&spec, &records, was_up, |id| whose_mark(&tools, &spec, id), forget)?;
+        Ok(own.as_ref().map_or(Ok(()), remove::rest)?)
+    };
+    errand.run_long(remove).await
+}
+
+/// Looks at every path of a mounted store and changes nothing. `mount` is the store's mount, if it is known.
+pub(super) async fn verify(errand: Errand, mount: Option<MountId>) -> Result<Vec<Stale>, OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    let verify = move || {
+        // Nothing of it stays open: whoever stops the store meanwhile would find it in use for as long as that.
+        Top::of(&spec.layers, mount).map_err(RefreshError::from)?;
+        look(&spec)?;
+        let (stale, _) = probe::stale_of_all(&spec.layers).map_err(|errno| RefreshError::look(&spec.layers, errno))?;
+        Ok(stale)
+    };
+    errand.run_long(verify).await
 }
 
 fn write_unit(spec: &StoreSpec) -> Result<(), OperationError> {
@@ -267,33 +492,34 @@ fn write_unit(spec: &StoreSpec) -> Result<(), OperationError> {
     })
 }
 
-async fn remove_unit(spec: &Arc<StoreSpec>) {
-    let spec = Arc::clone(spec);
-    let _ = blocking(move || {
+async fn remove_unit(errand: &Errand) {
+    let spec = Arc::clone(&errand.spec);
+    let remove = move || {
         mount_unit::remove(&spec.mount_unit);
         Ok(())
-    })
-    .await;
+    };
+    let _ = errand.run(remove).await;
 }
 
 /// Unmounts a store as far as systemd has not done that, and removes its unit file.
 fn take_down(spec: &StoreSpec) -> Result<(), OperationError> {
     let merged = &spec.layers.merged;
+    progress::at(Spot::Merged);
     // systemd need not have seen a mount that a daemon made just before it was killed.
     if mount::is_mount_point(merged) && matches!(mount_state(spec)?, MountState::Mounted { .. }) {
-        mount::unmount(merged)
+        mount::unmount(&spec.layers)
             .map_err(|error| OperationError::Unmount { why: error.to_string(), holders: holders(merged) })?;
     }
     mount_unit::remove(&spec.mount_unit);
     Ok(())
 }
 
-async fn is_mounted(spec: Arc<StoreSpec>) -> bool {
-    blocking(move || mount_state(&spec)).await.is_ok_and(|state| matches!(state, MountState::Mounted { .. }))
+async fn is_mounted(errand: Errand) -> bool {
+    let spec = Arc::clone(&errand.spec);
+    errand.run(move || mount_state(&spec)).await.is_ok_and(|state| matches!(state, MountState::Mounted { .. }))
 }
 
 fn mount_state(spec: &StoreSpec) -> Result<MountState, OperationError> {
-    let merged = spec.layers.merged.as_str();
-    let table = MountTable::read(|point| point == merged).map_err(OperationError::MountTable)?;
+    let table = MountTable::read_on_the_way_to(spec.layers.merged.as_str()).map_err(OperationError::MountTable)?;
     Ok(table.state(&spec.layers))
 }

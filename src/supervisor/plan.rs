@@ -3,7 +3,7 @@
 //! Nothing is remembered between two calls but what is in [`View`], so a daemon that was killed and started again comes to
 //! the same answers as one that was not.
 
-use crate::overlay::mountinfo::MountState;
+use layered_stores_overlay::mountinfo::{Cover, MountState};
 
 /// What is wanted of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +93,8 @@ pub(super) enum Action {
 pub(super) enum Failure {
     /// The store underneath is not there.
     Lower,
-    /// Something is mounted on top of it.
-    Covered(String),
+    /// Something is mounted on top of it, or of a directory above one of its own.
+    Covered(Cover),
     /// Something else is mounted in its place.
     Foreign(String),
     /// Its mount vanished too often.
@@ -122,7 +122,7 @@ pub(super) fn plan(view: &View<'_>) -> Action {
         (true, MountState::Mounted { .. }) if view.carries || !view.retry => Action::Rest,
         (true, MountState::Mounted { .. }) => Action::Stop,
         // systemd would unmount what is on top, which is not ours to unmount.
-        (true, MountState::Covered { by }) => given_up(Failure::Covered(by.clone())),
+        (true, MountState::Covered(cover)) => given_up(Failure::Covered(cover.clone())),
         // Whatever it is, the store is not up.
         (true, MountState::Foreign { .. }) => match view.want {
             Want::Gone => Action::Forget,
@@ -150,7 +150,7 @@ pub(super) fn plan(view: &View<'_>) -> Action {
             _ if view.lower == Lower::Pending => Action::Rest,
             _ => Action::Adopt,
         },
-        (false, MountState::Covered { by }) => given_up(Failure::Covered(by.clone())),
+        (false, MountState::Covered(cover)) => given_up(Failure::Covered(cover.clone())),
         (false, MountState::Foreign { what }) => given_up(Failure::Foreign(what.clone())),
     }
 }
@@ -161,15 +161,21 @@ mod tests {
 
     use super::*;
 
+    fn cover() -> Cover {
+        let point = "/srv/root/nix/store".to_owned();
+        Cover { what: "tmpfs".to_owned(), hides: point.clone(), point }
+    }
+
     fn mount_states() -> impl Strategy<Value = MountState> {
         prop_oneof![
             Just(MountState::Absent),
             (any::<bool>(), any::<bool>()).prop_map(|(read_only, twice)| MountState::Mounted {
                 read_only,
                 twice,
-                unpinned: None
+                unpinned: None,
+                flags: None
             }),
-            Just(MountState::Covered { by: "tmpfs".into() }),
+            Just(MountState::Covered(cover())),
             Just(MountState::Foreign { what: "tmpfs".into() }),
         ]
     }
@@ -195,7 +201,7 @@ mod tests {
             mut respecify in any::<bool>(),
             (carries, mut ours, repair, retry) in any::<(bool, bool, bool, bool)>(),
         ) {
-            let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None };
+            let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None };
             for _ in 0..8 {
                 let view = View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry };
                 match plan(&view) {
@@ -214,7 +220,7 @@ mod tests {
                     }
                     Action::Forget => {
                         prop_assert_eq!(want, Want::Gone);
-                        let is_ours = matches!(mount, MountState::Mounted { .. } | MountState::Covered { .. });
+                        let is_ours = matches!(mount, MountState::Mounted { .. } | MountState::Covered(_));
                         prop_assert!(!is_ours);
                         return Ok(());
                     }
@@ -240,8 +246,8 @@ mod tests {
 
     #[test]
     fn decisions_are_as_people_expect_them() {
-        let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None };
-        let covered = MountState::Covered { by: "tmpfs".into() };
+        let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None };
+        let covered = MountState::Covered(cover());
         let base = View {
             want: Want::Up,
             phase: &Phase::Inactive,
@@ -276,7 +282,7 @@ mod tests {
             (
                 "a covered store is not usable",
                 View { mount: &covered, phase: &Phase::Active, ..base.clone() },
-                Action::Fail(Failure::Covered("tmpfs".into())),
+                Action::Fail(Failure::Covered(cover())),
             ),
             (
                 "a store makes way for the one underneath that changes",
@@ -287,7 +293,7 @@ mod tests {
             (
                 "what covers it is not unmounted to stop it",
                 View { mount: &covered, want: Want::Down, ..base.clone() },
-                Action::Fail(Failure::Covered("tmpfs".into())),
+                Action::Fail(Failure::Covered(cover())),
             ),
             (
                 "what the daemon did not mount it does not unmount",

@@ -2,69 +2,319 @@
 //!
 //! * `<state>/known/<name>.json` holds a store's specification from before its first directory is made until after its
 //!   last trace is undone. It is how a store is wound down that was removed from the configuration while the daemon was
-//!   not running.
+//!   not running. Beside that it has the [`Marks`] by which the store's directories are known again.
+//! * `<runtime>/<name>.upper.json` has these as well: the state directory may be on a filesystem that is taken away. Those of
+//!   an ephemeral store are there only, because its directories are gone with the next boot.
 //! * `<runtime>/<name>.json` holds a [`Fingerprint`]. It is how a daemon that starts again knows without looking at every
 //!   path whether anything changed in the meantime.
 
 use std::{
+    collections::HashMap,
     fs, io,
     io::Write as _,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::nix_daemon;
-use crate::{
-    overlay::refresh::Fingerprint,
-    store::{StoreName, StoreSpec},
+use layered_stores_model::{StoreName, StoreSpec};
+use layered_stores_overlay::{
+    identity::{Id, Mark, Marks},
+    progress::{self, Spot},
+    refresh::Fingerprint,
 };
+use serde::{Deserialize, Serialize};
+
+use super::nix_daemon;
 
 /// The directories of both kinds of records.
 #[derive(Clone, Debug)]
 pub(super) struct Records {
     known: PathBuf,
     runtime: PathBuf,
+    soft_reboots: u32,
+    /// What is on disk, as far as this run of the daemon has read or written it; `None` until it was read.
+    on_disk: Arc<Mutex<Option<HashMap<StoreName, Record>>>>,
 }
 
-/// A record that cannot be kept.
+/// What the daemon has to know about earlier runs, and to leave to later ones.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write {path}: {source}; the daemon needs its state directory writable")]
-pub(super) struct RecordError {
-    path: PathBuf,
-    source: io::Error,
+pub enum RecordError {
+    /// It cannot be kept.
+    #[error("cannot write {path}: {source}; the daemon needs its state directory writable")]
+    Write {
+        /// The record.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It cannot be removed.
+    #[error("cannot remove {path}: {source}; the next daemon finds it and tries again")]
+    Remove {
+        /// The record.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// One cannot be read.
+    #[error("cannot read {path}: {source}; it says by what the store's directories are known again; make it readable")]
+    Read {
+        /// The record.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The directory does not answer.
+    #[error("{0} has not answered yet, where it is kept which stores have been mounted")]
+    Silent(PathBuf),
+    /// The directory cannot be listed.
+    #[error(
+        "cannot read {path}: {source}; stores that were taken out of the configuration while the daemon was away would stay \
+         mounted and unseen; make it readable, or move it away if there are none"
+    )]
+    List {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// What is kept of a store in the state directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    #[serde(flatten)]
+    spec: StoreSpec,
+    /// `None` in a record of a version that had no marks.
+    #[serde(default)]
+    marks: Option<Marks>,
+}
+
+impl Record {
+    fn of(spec: &StoreSpec, marks: &Marks) -> Self {
+        // Those of an ephemeral store are gone with the next boot.
+        let lasting = if spec.ephemeral.is_some() { Marks::default() } else { marks.clone() };
+        Self { spec: spec.clone(), marks: Some(lasting) }
+    }
+
+    /// By what the directories of the store were known again that it was then.
+    fn marks(&self) -> Option<Marks> {
+        match &self.marks {
+            _ if self.spec.ephemeral.is_some() => None,
+            Some(marks) => Some(marks.clone()),
+            // It was brought up once, by a version that had no marks.
+            None => Some(unmarked(&self.spec)),
+        }
+    }
+}
+
+/// What is kept of a store until the next boot.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct Note {
+    ephemeral: bool,
+    /// Since which soft reboot. One unmounts what is in memory, and leaves the note (systemd-soft-reboot.service(8)).
+    #[serde(default)]
+    soft_reboots: u32,
+    marks: Marks,
+}
+
+/// The stores that were touched and not wound down.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub(super) stores: Vec<StoreSpec>,
+    /// Those of which nothing is known but that there is a record, and that they are declared no more.
+    pub(super) unreadable: Vec<String>,
 }
 
 impl Records {
     pub(super) fn new(state_dir: &Path, runtime_dir: &Path) -> Self {
-        Self { known: state_dir.join("known"), runtime: runtime_dir.to_owned() }
+        let (known, runtime) = (state_dir.join("known"), runtime_dir.to_owned());
+        Self { known, runtime, soft_reboots: 0, on_disk: Arc::default() }
     }
 
-    /// All stores that were touched and not wound down. Files that are no records are skipped.
-    pub(super) fn known(&self) -> Vec<StoreSpec> {
-        let Ok(entries) = fs::read_dir(&self.known) else { return Vec::new() };
-        let is_record = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "json");
-        entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(is_record)
-            .filter_map(|path| {
-                let spec = serde_json::from_slice(&fs::read(&path).ok()?);
-                spec.inspect_err(|error| {
-                    tracing::warn!("the record {} cannot be read and is skipped: {error}", path.display())
-                })
-                .ok()
-            })
-            .collect()
+    /// The same after so many soft reboots.
+    pub(super) fn since(self, soft_reboots: u32) -> Self {
+        Self { soft_reboots, ..self }
     }
 
-    /// Keeps a specification, on disk when this returns.
-    pub(super) fn remember(&self, spec: &StoreSpec) -> Result<(), RecordError> {
-        let path = self.known_path(&spec.name);
-        let text = serde_json::to_vec_pretty(spec).map_err(io::Error::from);
-        if let (Ok(text), Ok(old)) = (&text, fs::read(&path))
-            && *text == old
-        {
-            return Ok(());
+    /// All stores that were touched and not wound down. A record that cannot be read is not taken for none: that of a store
+    /// which is declared is made anew, and moved aside; another one stays, and is told of at every start.
+    pub(super) fn known(&self, declared: &[StoreSpec]) -> Result<Known, RecordError> {
+        let (records, unreadable) = self.read(declared)?;
+        let stores = records.values().map(|record| record.spec.clone()).collect();
+        *self.on_disk() = Some(records);
+        Ok(Known { stores, unreadable })
+    }
+
+    fn read(&self, declared: &[StoreSpec]) -> Result<(HashMap<StoreName, Record>, Vec<String>), RecordError> {
+        let list = |source| RecordError::List { path: self.known.clone(), source };
+        let entries = match fs::read_dir(&self.known) {
+            Ok(entries) => entries,
+            // The first start of all.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((HashMap::new(), Vec::new())),
+            Err(error) => return Err(list(error)),
+        };
+        let (mut records, mut unreadable) = (HashMap::new(), Vec::new());
+        for entry in entries {
+            let path = entry.map_err(list)?.path();
+            if path.extension().is_some_and(|extension| extension == NEW) {
+                // A daemon was killed while it wrote this.
+                let _ = fs::remove_file(&path);
+            }
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let error = match fs::read(&path).and_then(|text| Ok(serde_json::from_slice::<Record>(&text)?)) {
+                Ok(record) => {
+                    records.insert(record.spec.name.clone(), record);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            if declared.iter().any(|spec| spec.name.as_str() == name) {
+                let aside = path.with_extension("json.unreadable");
+                // What cannot be moved is replaced when the store is recorded; nothing else needs it out of the way.
+                let kept = match fs::rename(&path, &aside) {
+                    Ok(()) => format!("it is kept as {}", aside.display()),
+                    Err(error) => format!("and it cannot be moved away: {error}"),
+                };
+                tracing::warn!(
+                    store = name,
+                    "the record {} cannot be read: {error}; {kept}. If {name} had other directories before, it may still be \
+                     mounted there",
+                    path.display()
+                );
+            } else {
+                tracing::error!(
+                    store = name,
+                    "the record {} cannot be read: {error}; the store {name} is not declared any more and may still be \
+                     mounted, which nobody looks after: look for it with `findmnt --types overlay`, then remove the record",
+                    path.display()
+                );
+                unreadable.push(name);
+            }
         }
-        text.and_then(|text| replace(&path, &text, true)).map_err(|source| RecordError { path, source })
+        Ok((records, unreadable))
+    }
+
+    /// Keeps a specification and the marks of its directories, on disk when this returns.
+    pub(super) fn remember(&self, spec: &StoreSpec, marks: &Marks) -> Result<(), RecordError> {
+        progress::at(Spot::Records);
+        let record = Record::of(spec, marks);
+        keep(&self.known_path(&spec.name), &serde_json::to_vec_pretty(&record), true)?;
+        self.note(&spec.name, Some(record));
+        self.keep_note(spec, marks)
+    }
+
+    /// The same for a store that is mounted. A record that was found at the start is believed to be there still: what holds it
+    /// may be full by now, read-only, or silent.
+    pub(super) fn keep(&self, spec: &StoreSpec, marks: &Marks) -> Result<(), RecordError> {
+        let is_kept = self.on_disk().as_ref().map(|records| records.get(&spec.name) == Some(&Record::of(spec, marks)));
+        match is_kept {
+            Some(true) => self.keep_note(spec, marks),
+            Some(false) => self.remember(spec, marks),
+            None => {
+                self.keep_note(spec, marks)?;
+                Err(RecordError::Silent(self.known.clone()))
+            }
+        }
+    }
+
+    fn keep_note(&self, spec: &StoreSpec, marks: &Marks) -> Result<(), RecordError> {
+        let (ephemeral, soft_reboots) = (spec.ephemeral.is_some(), self.soft_reboots);
+        let note = Note { ephemeral, soft_reboots, marks: marks.clone() };
+        keep(&self.note_path(&spec.name), &serde_json::to_vec(&note), false)
+    }
+
+    /// The directory of the records that outlive a boot.
+    pub(super) fn directory(&self) -> &Path {
+        &self.known
+    }
+
+    fn on_disk(&self) -> MutexGuard<'_, Option<HashMap<StoreName, Record>>> {
+        // A panic while it was held leaves a map that is still a map.
+        self.on_disk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, name: &StoreName, record: Option<Record>) {
+        if let Some(records) = self.on_disk().as_mut() {
+            match record {
+                Some(record) => drop(records.insert(name.clone(), record)),
+                None => drop(records.remove(name)),
+            }
+        }
+    }
+
+    /// By what the directories of a store are known again, as far as it had them when this was noted. There are several
+    /// records, any of which may be older than the others.
+    pub(super) fn marks(&self, spec: &StoreSpec) -> Result<Vec<Marks>, RecordError> {
+        progress::at(Spot::Records);
+        let on_disk = match read(&self.known_path(&spec.name))? {
+            Some(text) => match serde_json::from_slice::<Record>(&text) {
+                Ok(record) => record.marks(),
+                // It was there before, and most likely so.
+                Err(_) => Some(unmarked(spec)),
+            },
+            // One that could not be read was moved aside, and says that much.
+            None => self.aside(&spec.name).exists().then(|| unmarked(spec)),
+        };
+        self.and_noted(spec, on_disk)
+    }
+
+    /// The same of a store that is mounted, without a look at the records on disk.
+    pub(super) fn marks_at_hand(&self, spec: &StoreSpec) -> Result<Vec<Marks>, RecordError> {
+        let on_disk = self.on_disk().as_ref().and_then(|records| records.get(&spec.name)?.marks());
+        self.and_noted(spec, on_disk)
+    }
+
+    fn and_noted(&self, spec: &StoreSpec, on_disk: Option<Marks>) -> Result<Vec<Marks>, RecordError> {
+        let ephemeral = spec.ephemeral.is_some();
+        // What cannot be read here is in the record as well.
+        let note = read(&self.note_path(&spec.name))?.and_then(|text| serde_json::from_slice::<Note>(&text).ok());
+        let is_of_this_boot = |note: &Note| !ephemeral || note.soft_reboots == self.soft_reboots;
+        let noted = note.filter(|note| note.ephemeral == ephemeral && is_of_this_boot(note)).map(|note| note.marks);
+        Ok(on_disk.filter(|_| !ephemeral).into_iter().chain(noted).collect())
+    }
+
+    /// Whether a store has been brought up with the upper layer that it has now.
+    pub(super) fn has_upper(&self, spec: &StoreSpec) -> bool {
+        let records = self.on_disk();
+        let record = records.as_ref().and_then(|records| records.get(&spec.name));
+        record.is_some_and(|record| record.spec.layers.upper == spec.layers.upper)
+    }
+
+    /// Another store, one of whose directories has this mark, and that directory.
+    pub(super) fn other_with(&self, name: &StoreName, id: &Id) -> Option<(StoreName, Mark)> {
+        let records = self.on_disk();
+        let others = records.iter().flatten().filter(|(other, _)| *other != name);
+        let mut marks = others.flat_map(|(other, record)| {
+            let marks = record.marks.iter().flat_map(|marks| [&marks.upper, &marks.state]);
+            marks.flatten().map(move |mark| (other, mark))
+        });
+        let (other, mark) = marks.find(|(_, mark)| mark.id.as_ref() == Some(id))?;
+        Some((other.clone(), mark.clone()))
+    }
+
+    /// Forgets by what the directories of a store are known again, on disk when this returns: it is to begin anew.
+    pub(super) fn forget_marks(&self, name: &StoreName) -> Result<(), RecordError> {
+        progress::at(Spot::Records);
+        let path = self.known_path(name);
+        if let Some(text) = read(&path)?
+            && let Ok(record) = serde_json::from_slice::<Record>(&text)
+        {
+            let record = Record { marks: Some(Marks::default()), ..record };
+            keep(&path, &serde_json::to_vec_pretty(&record), true)?;
+            self.note(name, Some(record));
+        }
+        for path in [self.aside(name), self.note_path(name)] {
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(RecordError::Remove { path, source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// The directory of notes that are kept until the next boot.
@@ -73,11 +323,17 @@ impl Records {
     }
 
     /// Forgets a store.
-    pub(super) fn forget(&self, name: &StoreName) {
-        // A record that stays is read again at the next start and forgotten then.
-        let _ = fs::remove_file(self.known_path(name));
+    pub(super) fn forget(&self, name: &StoreName) -> Result<(), RecordError> {
+        progress::at(Spot::Records);
+        self.note(name, None);
         let _ = fs::remove_file(self.runtime_path(name));
+        let _ = fs::remove_file(self.note_path(name));
         nix_daemon::remove(&self.runtime, name);
+        let path = self.known_path(name);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RecordError::Remove { path, source }),
+            _ => Ok(()),
+        }
     }
 
     /// Keeps a fingerprint until the next boot. Losing it costs a look at every path, no more.
@@ -100,21 +356,206 @@ impl Records {
     fn runtime_path(&self, name: &StoreName) -> PathBuf {
         self.runtime.join(format!("{name}.json"))
     }
+
+    /// Where a record is kept that could not be read.
+    fn aside(&self, name: &StoreName) -> PathBuf {
+        self.known.join(format!("{name}.json.unreadable"))
+    }
+
+    fn note_path(&self, name: &StoreName) -> PathBuf {
+        // No store's name has a dot.
+        self.runtime.join(format!("{name}.upper.json"))
+    }
 }
+
+/// That a store had an upper layer, and no more.
+fn unmarked(spec: &StoreSpec) -> Marks {
+    Marks { upper: Some(Mark { path: spec.layers.upper.clone(), id: None }), state: None }
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, RecordError> {
+    match fs::read(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(RecordError::Read { path: path.to_owned(), source }),
+    }
+}
+
+/// Writes a file that does not hold this text already.
+fn keep(path: &Path, text: &serde_json::Result<Vec<u8>>, sync: bool) -> Result<(), RecordError> {
+    let write = |source| RecordError::Write { path: path.to_owned(), source };
+    let text = text.as_ref().map_err(|error| write(io::Error::other(error.to_string())))?;
+    if fs::read(path).is_ok_and(|old| old == *text) {
+        return Ok(());
+    }
+    replace(path, text, sync).map_err(write)
+}
+
+/// How a file ends that is still being written.
+const NEW: &str = "new";
 
 /// Replaces a file in one step.
 fn replace(path: &Path, text: &[u8], sync: bool) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(dir)?;
-    let temporary = path.with_extension("new");
-    let mut file = fs::File::create(&temporary)?;
-    file.write_all(text)?;
-    if sync {
-        file.sync_all()?;
-    }
-    fs::rename(&temporary, path)?;
+    let temporary = path.with_extension(NEW);
+    let write = || {
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(text)?;
+        if sync {
+            file.sync_all()?;
+        }
+        fs::rename(&temporary, path)
+    };
+    // On a disk that is full, a name may be had and no room for what is in the file.
+    write().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
     if sync {
         fs::File::open(dir)?.sync_all()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use layered_stores_model::{Ephemeral, Layers, LowerStore, MountUnitName, Ownership};
+    use layered_stores_overlay::{identity, layers::LayersError};
+
+    fn spec(name: &str) -> StoreSpec {
+        let path = |p: &str| p.parse().expect("valid");
+        let merged = path("/srv/root/nix/store");
+        StoreSpec {
+            name: name.parse().expect("valid"),
+            lower_store: LowerStore::Layered("base".parse().expect("valid")),
+            lower_url: String::new(),
+            mount_unit: MountUnitName::of(&merged).expect("short"),
+            layers: Layers { lower: path("/lower"), upper: path("/u"), work: path("/w"), merged, options: Vec::new() },
+            root: path("/srv/root"),
+            state_dir: path("/srv/root/nix/var/nix"),
+            remount_hook: path("/bin/hook"),
+            ownership: Ownership::default(),
+            required: true,
+            autostart: true,
+            ephemeral: None,
+            daemon: None,
+        }
+    }
+
+    /// A specification whose directories are not there, and can be looked for.
+    fn real(dir: &Path) -> StoreSpec {
+        let at = |tail: &str| dir.join(tail).to_string_lossy().parse().expect("valid");
+        let mut spec = spec("t");
+        (spec.layers.upper, spec.layers.work, spec.state_dir) = (at("upper"), at("work"), at("state"));
+        spec
+    }
+
+    #[test]
+    fn what_a_store_had_before_is_known_from_every_record() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (state, runtime) = (dir.path().join("state"), dir.path().join("run"));
+        let records = Records::new(&state, &runtime);
+        let spec = real(dir.path());
+        let marks = Marks {
+            upper: Some(Mark { path: spec.layers.upper.clone(), id: None }),
+            state: Some(Mark { path: spec.state_dir.clone(), id: None }),
+        };
+        let refused = || {
+            let result = identity::require(&spec, &records.marks(&spec).expect("read"));
+            matches!(result, Err(LayersError::Missing { .. }))
+        };
+        assert!(!refused(), "nothing was ever there");
+        records.remember(&spec, &Marks::default()).expect("written");
+        assert!(!refused(), "nothing was made yet");
+        records.remember(&spec, &marks).expect("written");
+        assert!(refused());
+        let known = records.known_path(&spec.name);
+        for gone in [known.clone(), records.note_path(&spec.name)] {
+            records.remember(&spec, &marks).expect("written");
+            fs::remove_file(gone).expect("removed");
+            assert!(refused(), "one record is enough");
+        }
+
+        let other = StoreSpec { state_dir: "/other".parse().expect("valid"), ..spec.clone() };
+        let other = StoreSpec { layers: Layers { upper: "/else".parse().expect("valid"), ..other.layers }, ..other };
+        let kept = records.marks(&other).expect("read");
+        assert!(identity::require(&other, &kept).is_ok(), "other directories are other ones");
+        let in_memory = Ephemeral { directory: "/memory".parse().expect("valid"), size: "1M".parse().expect("valid") };
+        let ephemeral = StoreSpec { ephemeral: Some(in_memory), ..spec.clone() };
+        assert_eq!(records.marks(&ephemeral).expect("read"), [], "a boot takes these with it");
+        records.remember(&ephemeral, &marks).expect("written");
+        assert_eq!(records.marks(&ephemeral).expect("read"), std::slice::from_ref(&marks), "but nothing else");
+        assert_eq!(records.marks(&spec).expect("read"), [], "and they are not those on disk");
+        let next = records.clone().since(1);
+        assert_eq!(next.marks(&ephemeral).expect("read"), [], "but a soft reboot does");
+        next.remember(&ephemeral, &marks).expect("written");
+        assert_eq!(next.marks(&ephemeral).expect("read"), std::slice::from_ref(&marks));
+
+        records.remember(&spec, &marks).expect("written");
+        records.forget_marks(&spec.name).expect("forgotten");
+        assert!(!refused(), "it is to begin anew");
+        assert_eq!(
+            records.known(&[]).expect("listed").stores,
+            std::slice::from_ref(&spec),
+            "the store itself is not forgotten"
+        );
+
+        for older in [serde_json::to_vec(&spec).expect("written"), b"{".to_vec()] {
+            fs::write(&known, older).expect("written");
+            assert!(refused(), "of an earlier version, or damaged: it was brought up before");
+        }
+
+        assert_eq!(records.known(std::slice::from_ref(&spec)).expect("listed").stores, []);
+        assert!(!known.exists(), "it is moved aside");
+        assert!(refused(), "and says as much as before");
+        records.forget_marks(&spec.name).expect("forgotten");
+        assert!(!refused());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_taken_for_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let records = Records::new(dir.path(), dir.path());
+        assert!(records.known(&[]).is_ok_and(|known| known.stores.is_empty()), "nothing was ever kept");
+
+        for name in ["whole", "declared", "gone"] {
+            records.remember(&spec(name), &Marks::default()).expect("written");
+        }
+        for name in ["declared", "gone"] {
+            fs::write(records.known_path(&name.parse().expect("valid")), "{").expect("written");
+        }
+        for _ in 0..2 {
+            let known = records.known(&[spec("declared")]).expect("listed");
+            assert_eq!(known.stores, [spec("whole")]);
+            assert_eq!(known.unreadable, ["gone"], "and the next time as well");
+        }
+        assert!(dir.path().join("known/declared.json.unreadable").exists(), "a person may want to look at it");
+        assert!(!dir.path().join("known/declared.json").exists());
+
+        let litter = dir.path().join("known/whole.new");
+        fs::write(&litter, "").expect("written");
+        records.known(&[]).expect("listed");
+        assert!(!litter.exists(), "what a daemon was killed over is taken away");
+
+        fs::remove_dir_all(dir.path().join("known")).expect("removed");
+        fs::write(dir.path().join("known"), "").expect("written");
+        let error = records.known(&[]).expect_err("no directory").to_string();
+        assert!(error.contains("would stay mounted and unseen"), "{error}");
+    }
+
+    #[test]
+    fn a_record_that_is_there_is_kept_without_being_written() {
+        let dir = tempfile::tempdir().expect("a directory");
+        Records::new(dir.path(), dir.path()).remember(&spec("a"), &Marks::default()).expect("written");
+        let records = Records::new(dir.path(), dir.path());
+        let silent = records.keep(&spec("a"), &Marks::default()).expect_err("nothing was read yet").to_string();
+        assert!(silent.contains("has not answered yet"), "{silent}");
+        records.known(&[]).expect("listed");
+
+        // No directory can be made there, whoever asks.
+        fs::remove_dir_all(dir.path().join("known")).expect("removed");
+        fs::write(dir.path().join("known"), "").expect("written");
+        records.keep(&spec("a"), &Marks::default()).expect("as it was found");
+        assert!(records.keep(&spec("b"), &Marks::default()).is_err());
+        assert!(records.keep(&StoreSpec { required: false, ..spec("a") }, &Marks::default()).is_err(), "another one");
+    }
 }

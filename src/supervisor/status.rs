@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
 };
 
-use crate::store::{StoreName, StoreSpec};
+use layered_stores_model::{StoreName, StoreSpec};
 
 /// Where a store is in its life; the words are systemd's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +47,8 @@ impl fmt::Display for State {
 pub enum Problem {
     /// The merged view is not what the layers say, and a swap did not help.
     Stale,
+    /// A filesystem it lies on does not answer.
+    Stuck,
     /// Its mount is in use and cannot be taken down.
     Busy,
     /// Something is mounted on top of it.
@@ -57,18 +59,26 @@ pub enum Problem {
     NotOurs,
     /// Its mount was taken away again and again behind the daemon's back.
     MountLost,
+    /// Its upper layer or state dir was there before, and is not there now or another one.
+    UpperMissing,
     /// It could not be brought up.
     StartFailed,
     /// Its Nix daemon cannot be connected to.
     DaemonFailed,
+    /// Its directories belong to somebody else than the configuration says.
+    OtherOwner,
     /// A refresh could not be carried out.
     RefreshFailed,
     /// Changes of its layers go unseen.
     Unwatched,
+    /// Something that the next daemon needs cannot be written.
+    Unrecorded,
     /// It is mounted with an option that makes changes of a layer dangerous.
     MountOptions,
-    /// The kernel refuses writes to it.
+    /// The kernel refuses writes to it, or to the filesystem of its upper layer.
     ReadOnly,
+    /// There is no room on the filesystem of its upper layer.
+    Full,
 }
 
 impl Problem {
@@ -76,17 +86,22 @@ impl Problem {
     pub fn code(self) -> &'static str {
         match self {
             Self::Stale => "stale",
+            Self::Stuck => "stuck",
             Self::Busy => "busy",
             Self::Covered => "covered",
             Self::Foreign => "foreign",
             Self::NotOurs => "not-ours",
             Self::MountLost => "mount-lost",
+            Self::UpperMissing => "upper-missing",
             Self::StartFailed => "start-failed",
             Self::DaemonFailed => "daemon-failed",
+            Self::OtherOwner => "other-owner",
             Self::RefreshFailed => "refresh-failed",
             Self::Unwatched => "unwatched",
+            Self::Unrecorded => "unrecorded",
             Self::MountOptions => "mount-options",
             Self::ReadOnly => "read-only",
+            Self::Full => "full",
         }
     }
 }
@@ -100,6 +115,10 @@ pub struct Status {
     pub state: State,
     /// Why it is in that state; empty when there is nothing to say.
     pub state_reason: String,
+    /// Since when it is in that state, in microseconds of real time; 0: nobody has looked yet.
+    pub state_change_usec: u64,
+    /// When something that failed is tried again, in microseconds of real time; 0: nothing is.
+    pub next_try_usec: u64,
     /// What is wrong.
     pub problems: Vec<(Problem, String)>,
     /// Whether the configuration declares it.
@@ -123,6 +142,8 @@ impl Status {
             spec,
             state: State::Inactive,
             state_reason: String::new(),
+            state_change_usec: 0,
+            next_try_usec: 0,
             problems: Vec::new(),
             declared,
             last_refresh_usec: 0,
@@ -131,6 +152,11 @@ impl Status {
             swap_count: 0,
             owner_uid: 0,
         }
+    }
+
+    /// Whether a user owns the store, or may turn out to when it is up.
+    pub fn may_be_owner(&self, uid: u32) -> bool {
+        self.owner_uid == uid || self.state == State::Activating
     }
 
     /// The store's name.

@@ -2,13 +2,13 @@
 
 use std::{collections::HashMap, time::Duration};
 
+use layered_stores_model::MountUnitName;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    manager::{ListedUnit, ManagerProxy},
+    manager::{self, ListedUnit, ManagerProxy},
     mount_unit::DESCRIPTION,
 };
-use crate::store::MountUnitName;
 
 /// The time between two looks. Each tells of every mount unit there is, which costs PID 1 and the bus some microseconds for
 /// each, so that time grows with their number. It does not go by what a look took: PID 1 may have had other things to do.
@@ -76,7 +76,7 @@ async fn answer(manager: ManagerProxy<'static>, mut questions: mpsc::UnboundedRe
     while questions.recv_many(&mut asked, usize::MAX).await > 0 {
         let mut pause = PAUSE;
         // A pattern and not the units' names: asked by name, systemd would load them there and then.
-        match manager.list_units_by_patterns(&[], &["*.mount"]).await {
+        match manager::answer(manager.list_units_by_patterns(&[], &["*.mount"])).await {
             Ok(listed) => {
                 pause += PAUSE_A_UNIT * u32::try_from(listed.len()).unwrap_or(u32::MAX);
                 let units: HashMap<&str, &ListedUnit> = listed.iter().map(|unit| (unit.0.as_str(), unit)).collect();

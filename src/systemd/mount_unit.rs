@@ -11,15 +11,12 @@ use std::{
     time::SystemTime,
 };
 
+use layered_stores_model::{MountUnitName, StoreSpec};
+use layered_stores_overlay::options::mount_options;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
-use crate::{
-    overlay::options::mount_options,
-    store::{MountUnitName, StoreSpec},
-};
-
 /// Where unit files go that last until the next boot.
-const RUNTIME_UNITS: &str = "/run/systemd/system";
+pub(super) const RUNTIME_UNITS: &str = "/run/systemd/system";
 
 /// Where systemd keeps the files of transient units, which is what older daemons have made.
 const TRANSIENT_UNITS: &str = "/run/systemd/transient";
@@ -33,7 +30,7 @@ pub(super) const DESCRIPTION: &str = "Layered Nix store ";
 /// The text of a store's unit file.
 ///
 /// Nothing is escaped: paths and names hold no character that means something in a unit file
-/// ([`AbsolutePath`](crate::store::AbsolutePath)).
+/// ([`AbsolutePath`](layered_stores_model::AbsolutePath)).
 fn render(spec: &StoreSpec) -> String {
     let layers = &spec.layers;
     // The upper layer is no mount point, and the work dir is on the same mount. Where the mount point's own parents lead
@@ -127,7 +124,7 @@ fn is_marked(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Layers, LowerStore, Ownership};
+    use layered_stores_model::{Layers, LowerStore, Ownership};
 
     fn spec(lower: &str) -> StoreSpec {
         let path = |p: &str| p.parse().expect("valid");

@@ -3,13 +3,15 @@
 //! It is bound to the store's mount, and the daemon's service (`layered-stores-nix-daemon@.service`) to the socket, so that
 //! both end before the store does, whoever ends it.
 
+use layered_stores_model::{MountUnitName, NixDaemon, StoreName};
 use zbus::wire::Variant;
 
 use super::{
     jobs::JobResult,
+    manager::{self, ServiceProxy},
+    nix_daemon_unit::service,
     units::{Units, is_named},
 };
-use crate::store::{MountUnitName, NixDaemon, StoreName};
 
 /// How often a socket that is on its way down, or whose mount systemd has not noticed yet, is waited for.
 const ATTEMPTS: u32 = 50;
@@ -27,6 +29,18 @@ pub enum SocketError {
     /// systemd did not say in time what came of the job.
     #[error("systemd has not said what came of the job to {0} {1}")]
     NoAnswer(&'static str, String),
+    /// Somebody else's drop-in has the service run as another user.
+    #[error(
+        "{unit} would run as {found:?} and not as uid {wanted}; take User= out of its drop-ins (see `systemctl cat '{unit}'`)"
+    )]
+    OtherUser {
+        /// The service.
+        unit: String,
+        /// As whom.
+        found: String,
+        /// As whom it should.
+        wanted: u32,
+    },
 }
 
 /// The socket unit of a store's Nix daemon.
@@ -54,7 +68,7 @@ impl Units {
             let started = {
                 let _call = self.calls.acquire().await;
                 let properties = properties(store, daemon, mount);
-                self.manager.start_transient_unit(&unit, "fail", properties, &[]).await
+                manager::answer(self.manager.start_transient_unit(&unit, "fail", properties, &[])).await
             };
             let error = match started {
                 Ok(job) => return self.socket_job(job, DOING, unit).await,
@@ -65,8 +79,8 @@ impl Units {
                     return Ok(());
                 }
                 // One that failed keeps its name until it is reset.
-                let _ = self.manager.reset_failed_unit(&unit).await;
-                if was_same && let Ok(job) = self.manager.start_unit(&unit, "fail").await {
+                let _ = manager::answer(self.manager.reset_failed_unit(&unit)).await;
+                if was_same && let Ok(job) = manager::answer(self.manager.start_unit(&unit, "fail")).await {
                     return self.socket_job(job, DOING, unit).await;
                 }
             }
@@ -91,14 +105,61 @@ impl Units {
     /// # Errors
     /// [`SocketError`].
     pub async fn stop_nix_daemon(&self, store: &StoreName) -> Result<(), SocketError> {
-        self.stop_part(format!("layered-stores-nix-daemon@{store}.service")).await
+        self.stop_part(service(store)).await
+    }
+
+    /// Ends all processes of a store's Nix daemon, open connections and builds among them.
+    pub async fn kill_nix_daemon(&self, store: &StoreName) {
+        let _call = self.calls.acquire().await;
+        // Most of the time there is none.
+        let _ = manager::answer(self.manager.kill_unit(&service(store), "all", rustix::process::Signal::KILL.as_raw()))
+            .await;
+    }
+
+    /// Makes sure that systemd will start a store's Nix daemon as the user whom its drop-in names.
+    ///
+    /// It reads drop-ins when it loads a unit. One that is loaded already, as it is while builds run, is read anew only with
+    /// all others.
+    ///
+    /// # Errors
+    /// [`SocketError`].
+    pub async fn check_user(&self, store: &StoreName, wanted: u32) -> Result<(), SocketError> {
+        let unit = service(store);
+        let wanted_user = if wanted == 0 { String::new() } else { wanted.to_string() };
+        let refused = |doing| {
+            let unit = unit.clone();
+            move |error| SocketError::Refused(doing, unit, Box::new(error))
+        };
+        let mut found = self.user_of(&unit).await.map_err(refused("tell of"))?;
+        if found != wanted_user {
+            {
+                let _reloading = self.reloading.lock().await;
+                manager::answer(self.manager.reload()).await.map_err(refused("read its units anew for"))?;
+            }
+            found = self.user_of(&unit).await.map_err(refused("tell of"))?;
+            // Run as somebody else it has failed, maybe too often to be started again.
+            let _ = manager::answer(self.manager.reset_failed_unit(&unit)).await;
+        }
+        // Whoever runs root's daemon as somebody else gives it less than it might have.
+        if found == wanted_user || wanted == 0 { Ok(()) } else { Err(SocketError::OtherUser { unit, found, wanted }) }
+    }
+
+    async fn user_of(&self, unit: &str) -> zbus::Result<String> {
+        let _call = self.calls.acquire().await;
+        let path = manager::answer(self.manager.load_unit(unit)).await?;
+        let service = ServiceProxy::builder(self.manager.inner().connection())
+            .path(path)
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await?;
+        manager::answer(service.user()).await
     }
 
     async fn stop_part(&self, unit: String) -> Result<(), SocketError> {
         const DOING: &str = "stop";
         let stopped = {
             let _call = self.calls.acquire().await;
-            self.manager.stop_unit(&unit, "replace").await
+            manager::answer(self.manager.stop_unit(&unit, "replace")).await
         };
         match stopped {
             Ok(job) => self.socket_job(job, DOING, unit).await,
@@ -108,7 +169,7 @@ impl Units {
     }
 
     async fn is_active(&self, unit: &str) -> bool {
-        let units = self.manager.list_units_by_patterns(&[], &[unit]).await.unwrap_or_default();
+        let units = manager::answer(self.manager.list_units_by_patterns(&[], &[unit])).await.unwrap_or_default();
         units.iter().any(|(name, _, _, active, ..)| name == unit && active == "active")
     }
 

@@ -6,16 +6,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use layered_stores_model::MountUnitName;
 use tokio::sync::{Mutex, Semaphore};
 use zbus::Connection;
 
 use super::{
     jobs::{JOB_TIMEOUT, JobResult, Jobs},
     known::{Known, Looks},
-    manager::ManagerProxy,
+    manager::{self, ManagerProxy},
     mount_unit,
 };
-use crate::store::MountUnitName;
 
 /// How many calls may be without an answer: dbus-daemon allows a connection 128 (`max_replies_per_connection`).
 const CALLS: usize = 100;
@@ -106,8 +106,9 @@ pub struct Units {
     pub(super) jobs: Jobs,
     looks: Looks,
     pub(super) calls: Arc<Semaphore>,
-    reloading: Arc<Mutex<()>>,
+    pub(super) reloading: Arc<Mutex<()>>,
     unit_path: Arc<[PathBuf]>,
+    soft_reboots: u32,
 }
 
 impl Units {
@@ -119,9 +120,16 @@ impl Units {
         let manager =
             ManagerProxy::builder(connection).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
         let jobs = Jobs::listen(&manager).await?;
-        let unit_path = manager.unit_path().await?.into_iter().map(PathBuf::from).collect();
-        let looks = Looks::new(manager.clone());
-        Ok(Self { manager, jobs, looks, calls: Arc::new(Semaphore::new(CALLS)), reloading: Arc::default(), unit_path })
+        let unit_path = manager::answer(manager.unit_path()).await?.into_iter().map(PathBuf::from).collect();
+        // A systemd that does not know what that is has made none (before 254).
+        let soft_reboots = manager::answer(manager.soft_reboots_count()).await.unwrap_or_default();
+        let (looks, calls) = (Looks::new(manager.clone()), Arc::new(Semaphore::new(CALLS)));
+        Ok(Self { manager, jobs, looks, calls, reloading: Arc::default(), unit_path, soft_reboots })
+    }
+
+    /// How often everything but the kernel was started anew since that was.
+    pub fn soft_reboots(&self) -> u32 {
+        self.soft_reboots
     }
 
     /// Refuses a unit that somebody else has a file of. Blocks.
@@ -172,7 +180,10 @@ impl Units {
     /// [`UnitError::Refused`].
     pub async fn load(&self, unit: &MountUnitName) -> Result<(), UnitError> {
         let _call = self.calls.acquire().await;
-        self.manager.load_unit(unit.as_str()).await.map(drop).map_err(|source| refused("load", unit, source))
+        manager::answer(self.manager.load_unit(unit.as_str()))
+            .await
+            .map(drop)
+            .map_err(|source| refused("load", unit, source))
     }
 
     /// Waits until systemd has seen a mount, and says what it has made of it.
@@ -209,7 +220,7 @@ impl Units {
         let stopped = {
             let _call = self.calls.acquire().await;
             // "fail": never cancel somebody else's job.
-            self.manager.stop_unit(unit.as_str(), "fail").await
+            manager::answer(self.manager.stop_unit(unit.as_str(), "fail")).await
         };
         let job = match stopped {
             Ok(job) => job,
@@ -231,7 +242,9 @@ impl Units {
     async fn drop_remnants(&self, unit: &MountUnitName) -> Result<(), UnitError> {
         let _reloading = self.reloading.lock().await;
         if self.look(unit).await? == (Known::Idle { ours: false }) {
-            self.manager.reload().await.map_err(|source| refused("read its units anew for", unit, source))?;
+            manager::answer(self.manager.reload())
+                .await
+                .map_err(|source| refused("read its units anew for", unit, source))?;
         }
         Ok(())
     }

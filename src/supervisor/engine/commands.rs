@@ -1,20 +1,25 @@
 //! What the engine is asked to do.
 
-use std::sync::{Arc, PoisonError};
+use std::{
+    path::Path,
+    sync::{Arc, PoisonError},
+};
 
-use super::{Engine, Settings, outcome::Done};
-use crate::{
+use layered_stores_model::{
+    Layers, StoreName, StoreSpec,
     config::{self, Config},
-    overlay::mountinfo::MountState,
-    store::{StoreName, StoreSpec},
-    supervisor::{
-        Error,
-        entry::{Entry, Reply, answer},
-        handle::{Command, Event},
-        operation,
-        plan::{Phase, Want},
-        status::Problem,
-    },
+};
+use layered_stores_overlay::mountinfo::MountState;
+use tokio::time::Instant;
+
+use super::{Engine, Settings, number, outcome::Done};
+use crate::supervisor::{
+    Error,
+    entry::{Entry, Reply, answer},
+    handle::{Asker, Command, Event},
+    operation,
+    plan::{Phase, Want},
+    status::Problem,
 };
 
 impl Engine {
@@ -22,39 +27,77 @@ impl Engine {
         match command {
             Command::Start(name, reply) => self.command_start(&name, reply),
             Command::Stop(name, reply) => self.command_stop(&name, reply),
-            Command::Remount(name, reply) => {
+            Command::Remount(name, asker, reply) => {
                 let Some(entry) = self.entries.get_mut(&name) else { return no_such_store(&name, reply) };
+                if let Some(stuck) = &entry.stuck {
+                    let _ = reply.send(Err(Error::Stuck(name, stuck.clone())));
+                    return;
+                }
                 // Nix cannot try again: whoever asks while the store comes up waits until it has.
-                if entry.phase == Phase::Active || entry.is_coming_up() {
-                    entry.remounting.push(reply);
-                    self.refresh(&name);
-                } else {
+                let is_active = entry.phase == Phase::Active;
+                if !is_active && !entry.is_coming_up() {
                     let _ = reply.send(Err(entry.not_active()));
+                    return;
+                }
+                entry.rooms.soon(Instant::now());
+                match asker {
+                    Asker::User(uid) if !is_active => entry.unproven.push((uid, reply)),
+                    Asker::User(uid) if uid != entry.owner_uid => {
+                        let _ = reply.send(Err(Error::NotOwner(name)));
+                    }
+                    _ => {
+                        entry.remounting.push(reply);
+                        entry.root_asks |= asker == Asker::Root;
+                        self.refresh(&name);
+                    }
                 }
             }
             Command::Verify(name, reply) => {
                 let Some(entry) = self.entries.get_mut(&name) else { return no_such_store(&name, reply) };
-                if entry.phase == Phase::Active {
-                    entry.verifying.push(reply);
-                    let spec = Arc::clone(&entry.spec);
-                    self.operations.spawn(async move { (name, Done::Verified(operation::verify(spec).await)) });
+                if let Some(stuck) = &entry.stuck {
+                    let _ = reply.send(Err(Error::Stuck(name, stuck.clone())));
+                } else if entry.phase == Phase::Active {
+                    entry.verifying.ask(reply);
+                    entry.rooms.soon(Instant::now());
+                    self.verify(&name);
                 } else {
                     let _ = reply.send(Err(entry.not_active()));
                 }
             }
+            Command::RemoveData(name, reply) => self.remove_data(name, reply),
+            Command::Sockets(asked, sockets) => self.sockets_seen(asked, &sockets),
             Command::Reload(reply) => {
-                self.reload_waiting.push(reply);
-                if self.loading.is_empty() {
-                    let Settings { config, defaults, .. } = self.settings.clone();
-                    self.loading.spawn_blocking(move || config::load(&config, &defaults));
-                }
+                self.reloading.ask(reply);
+                self.reload();
             }
         }
     }
 
+    /// Looks at all paths of a store, if somebody waits for that and nobody does it.
+    pub(super) fn verify(&mut self, name: &StoreName) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        if !entry.verifying.begin() {
+            return;
+        }
+        let (errand, mounted) = (self.tools.threads.errand(Arc::clone(&entry.spec)), entry.mounted);
+        entry.follow(&errand);
+        let name = name.clone();
+        self.operations.spawn(async move { (name, Done::Verified(operation::verify(errand, mounted).await)) });
+    }
+
+    /// Reads the configuration, if somebody waits for that and nobody does it.
+    fn reload(&mut self) {
+        if self.reloading.begin() {
+            let Settings { config, defaults, .. } = self.settings.clone();
+            self.loading.spawn_blocking(move || config::load(&config, &defaults));
+        }
+    }
+
     pub(super) fn command_start(&mut self, name: &StoreName, reply: Reply) {
-        if !self.entries.contains_key(name) {
-            return no_such_store(name, reply);
+        let Some(entry) = self.entries.get(name) else { return no_such_store(name, reply) };
+        if let Some(stuck) = &entry.stuck {
+            let _ = reply.send(Err(Error::Stuck(name.clone(), stuck.clone())));
+            return;
         }
         // As systemd does it: what a store requires is started with it.
         let mut next = Some(name.clone());
@@ -80,7 +123,9 @@ impl Engine {
     pub(super) fn command_stop(&mut self, name: &StoreName, reply: Reply) {
         let carried = self.on_top_of(name);
         let Some(entry) = self.entries.get_mut(name) else { return no_such_store(name, reply) };
-        if carried.is_empty() {
+        if let Some(stuck) = &entry.stuck {
+            let _ = reply.send(Err(Error::Stuck(name.clone(), stuck.clone())));
+        } else if carried.is_empty() {
             entry.want(if entry.declared { Want::Down } else { Want::Gone });
             entry.stopping.push(reply);
             self.reconcile();
@@ -105,23 +150,25 @@ impl Engine {
             Ok(Ok(config)) => {
                 tracing::info!(
                     stores = config.stores.len(),
-                    "configuration reloaded: {} stores declared",
-                    config.stores.len()
+                    "configuration reloaded: {} declared",
+                    number(config.stores.len(), "store")
                 );
                 self.apply(config);
-                self.reload_applied.append(&mut self.reload_waiting);
+                self.reload_applied.append(&mut self.reloading.end());
+                self.entries.values_mut().for_each(|entry| entry.reached = false);
                 self.settling = true;
                 self.reconcile();
             }
             Ok(Err(error)) => self.reload_failed(&error.to_string()),
             Err(error) => self.reload_failed(&error.to_string()),
         }
+        self.reload();
     }
 
     pub(super) fn reload_failed(&mut self, why: &str) {
         tracing::error!("the configuration was not changed:\n{why}");
         let error = Error::InvalidConfiguration(why.to_owned());
-        answer(std::mem::take(&mut self.reload_waiting), &Err(error));
+        answer(self.reloading.end(), &Err(error));
     }
 
     /// Turns a configuration into what is wanted of each store.
@@ -176,6 +223,16 @@ impl Engine {
         registry.by_path.retain(|_, of| of != name);
         registry.by_path.insert(entry.spec.layers.merged.to_string(), name.clone());
         registry.by_name.insert(name.clone(), entry.cell.clone());
+        let Layers { lower, upper, work, merged, .. } = &entry.spec.layers;
+        for dir in [lower, upper, work, merged, &entry.spec.state_dir] {
+            let above = dir.as_path().ancestors().filter_map(Path::to_str);
+            // What is above a directory that is known is known as well.
+            for dir in
+                above.take_while(|dir| !registry.on_the_way.contains(*dir)).map(str::to_owned).collect::<Vec<_>>()
+            {
+                registry.on_the_way.insert(dir);
+            }
+        }
     }
 }
 

@@ -1,34 +1,53 @@
 //! The one task that owns the state of all stores.
 
 mod commands;
+mod hold;
 mod outcome;
+mod recall;
 mod reconcile;
+mod refresh;
+mod remove;
+mod room;
+mod settle;
+mod sockets;
+mod stuck;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, RwLock},
     time::Duration,
 };
 
 use outcome::Done;
-use tokio::{io::Interest, sync::mpsc, task::JoinSet, time::Instant};
+use remove::Removing;
+use rustix::io::Errno;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::mpsc,
+    task::JoinSet,
+    time::Instant,
+};
 
 use super::{
     Error,
+    askers::Askers,
     entry::{Entry, Reply, answer},
     handle::{Command, Event, Handle, Registry},
     mounts::MountMonitor,
     operation::Tools,
     plan::{Phase, Want},
-    record::Records,
+    record::{Known, RecordError, Records},
+    retirement::Retirements,
+    threads::{DEADLINE, Threads},
 };
-use crate::{
+use crate::systemd::{self, Units};
+use layered_stores_model::{
+    StoreName,
     config::{self, Config, Defaults},
-    overlay::{host, watch::Watches},
-    store::StoreName,
-    systemd::Units,
 };
+use layered_stores_overlay::{host, left::Left, refresh::Changes, watch::Watches};
 
 /// How long the engine gathers news before it looks at the mount table: with a thousand mounts, a look costs a
 /// millisecond, and in a burst of operations most of the looks would be in vain.
@@ -60,30 +79,67 @@ pub struct Engine {
     commands: mpsc::Receiver<Command>,
     events: mpsc::UnboundedSender<Event>,
     operations: JoinSet<(StoreName, Done)>,
+    /// The directories of stores that are not declared any more which are being removed.
+    removing: BTreeMap<StoreName, Removing>,
+    retirements: Retirements,
     /// When to look at the mount table and plan.
     look_at: Option<Instant>,
+    /// Whether there are events of the layers that were seen and not read.
+    unread: bool,
+    /// Whether the mount table has changed since.
+    mounts_changed: bool,
+    /// When to look whether what is stuck goes on.
+    look_at_stuck: Option<Instant>,
     /// The configuration on its way.
     loading: JoinSet<Result<Config, config::ConfigError>>,
-    reload_waiting: Vec<Reply>,
+    /// Those who wait for the configuration to be read, and then for its stores.
+    reloading: Askers<()>,
     reload_applied: Vec<Reply>,
     settling: bool,
+    /// The records of earlier runs, while they are being read.
+    recalling: JoinSet<Result<Known, RecordError>>,
+    /// Stores that may be mounted, of which nothing else is known.
+    unreadable: Vec<String>,
+}
+
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The mount table cannot be used.
+    #[error("cannot watch mounts: {0}")]
+    Kernel(#[from] std::io::Error),
+    /// What earlier runs have left cannot be found out.
+    #[error(transparent)]
+    Records(#[from] RecordError),
 }
 
 impl Engine {
     /// Prepares the engine with a configuration that was checked.
     ///
     /// # Errors
-    /// When the mount table or inotify cannot be used.
+    /// [`EngineError`].
     pub async fn new(
         settings: Settings,
         config: Config,
         units: Units,
         events: mpsc::UnboundedSender<Event>,
-    ) -> std::io::Result<(Self, Handle)> {
+    ) -> Result<(Self, Handle), EngineError> {
         let (sender, commands) = mpsc::channel(64);
         let registry = Arc::<RwLock<Registry>>::default();
         let records = Records::new(settings.defaults.state_dir.as_path(), &settings.runtime_dir);
-        let tools = Tools { units, watches: Arc::new(Watches::new()?), records };
+        let records = records.since(units.soft_reboots());
+        let stores = settings.defaults.state_dir.join("stores").map_err(std::io::Error::other)?;
+        let (known, threads) = (records.clone(), Threads::new().await?);
+        let declared = config.stores.clone();
+        let mut recalling = JoinSet::new();
+        recalling.spawn_blocking(move || known.known(&declared));
+        // What does not answer by then keeps nobody from what lies elsewhere.
+        let known = match tokio::time::timeout(DEADLINE, recalling.join_next()).await {
+            Ok(known) => known.transpose().map_err(std::io::Error::other)?.transpose()?.unwrap_or_default(),
+            Err(_) => Known::default(),
+        };
+        let (watches, left) = (Arc::<Watches>::default(), Arc::<Left>::default());
+        let tools = Tools { units, watches, left, records, threads };
         let mut engine = Self {
             settings,
             tools,
@@ -93,19 +149,34 @@ impl Engine {
             commands,
             events,
             operations: JoinSet::new(),
+            removing: BTreeMap::new(),
+            retirements: Retirements::new(),
             look_at: None,
+            unread: false,
+            mounts_changed: true,
+            look_at_stuck: None,
             loading: JoinSet::new(),
-            reload_waiting: Vec::new(),
+            reloading: Askers::default(),
             reload_applied: Vec::new(),
             settling: true,
+            recalling,
+            unreadable: known.unreadable,
         };
+        if !engine.recalling.is_empty() {
+            tracing::error!("{}", engine.why_silent());
+        }
         // What was touched earlier comes first, so that a declaration that changed meanwhile is seen as a change.
-        for spec in engine.tools.records.known() {
+        for spec in known.stores {
             engine.add(spec, false);
         }
         engine.apply(config);
+        for (name, old) in systemd::left_over() {
+            let errand = engine.entries.get(&name).map(|entry| engine.tools.threads.errand(Arc::clone(&entry.spec)));
+            engine.retirements.take_over(name, old, errand);
+        }
         engine.reconcile();
-        Ok((engine, Handle::new(sender, registry)))
+        tokio::spawn(sockets::watch(engine.tools.units.clone(), sender.downgrade()));
+        Ok((engine, Handle::new(sender, registry, stores)))
     }
 
     /// Supervises until the commands' senders are gone or `stop` is done. `alive` is called at least twice in
@@ -120,13 +191,16 @@ impl Engine {
         alive: impl Fn(),
     ) -> std::io::Result<()> {
         let watches = Arc::clone(&self.tools.watches);
-        let inotify = host::readiness(watches.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+        let mut inotify = None;
         let mut tick = tokio::time::interval(alive_every.unwrap_or(Duration::from_secs(3600)) / 2);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut progress = tokio::time::interval(PROGRESS);
         progress.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tokio::pin!(stop);
         loop {
+            if let (None, Some(fd)) = (&inotify, watches.fd()) {
+                inotify = Some(host::readiness(fd.try_clone_to_owned()?, Interest::READABLE)?);
+            }
             let deadline = self.deadline();
             tokio::select! {
                 () = &mut stop => break,
@@ -140,16 +214,21 @@ impl Engine {
                 },
                 Some(done) = self.operations.join_next() => match done {
                     Ok((name, done)) => self.done(&name, done),
-                    // Operations catch panics of their blocking parts; what is left is a bug in this file.
-                    Err(error) => tracing::error!("an operation was lost: {error}"),
+                    // The threads catch panics of work on stores. What is left is a mistake in the engine itself, which may
+                    // believe anything now: the next daemon begins anew.
+                    Err(error) => return Err(std::io::Error::other(error)),
                 },
                 Some(loaded) = self.loading.join_next() => self.loaded(loaded),
+                Some(recalled) = self.recalling.join_next() => {
+                    self.recalled(recalled.map_err(std::io::Error::other)?.map_err(std::io::Error::other)?);
+                }
                 changed = self.mounts.changed() => {
                     changed?;
+                    self.mounts_changed = true;
                     self.look_soon();
                 }
-                ready = inotify.readable() => {
-                    ready?.clear_ready();
+                drained = readable(inotify.as_ref(), self.unread) => {
+                    drained?;
                     self.drain_watches();
                 }
                 () = sleep_until(deadline) => self.due(),
@@ -158,37 +237,44 @@ impl Engine {
         for entry in self.entries.values_mut() {
             entry.answer_all(&Error::ShuttingDown);
         }
-        answer(self.reload_waiting.drain(..).chain(self.reload_applied.drain(..)), &Err(Error::ShuttingDown));
+        let removing = std::mem::take(&mut self.removing).into_values().flat_map(|removing| removing.waiting);
+        answer(removing, &Err(Error::ShuttingDown));
+        let reloads = self.reloading.all().into_iter().chain(self.reload_applied.drain(..));
+        answer(reloads, &Err(Error::ShuttingDown));
+        self.retirements.finish().await;
         Ok(())
     }
 
     /// When something is due that no event announces.
     fn deadline(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let free = self.unasked_from(now);
         let of_entry = |entry: &Entry| {
-            let refresh = entry.owed.due.filter(|_| entry.op.is_none() && entry.phase == Phase::Active);
             let retry = entry.retry_at.filter(|_| entry.op.is_none());
-            [refresh, retry].into_iter().flatten().min()
+            let serve = entry.serve_at.filter(|_| entry.op.is_none());
+            let times = [refresh::refresh_at(entry, free), retry, serve, entry.stuck_due(), entry.tell_at(now)];
+            times.into_iter().chain([room::room_at(entry), hold::hold_at(entry)]).flatten().min()
         };
-        self.entries.values().filter_map(of_entry).chain(self.look_at).min()
+        self.entries.values().filter_map(of_entry).chain(self.look_at).chain(self.look_at_stuck).min()
     }
 
     fn due(&mut self) {
         let now = Instant::now();
+        self.look_at_stuck(now);
         for entry in self.entries.values_mut() {
             if entry.op.is_none() && entry.retry_at.is_some_and(|at| at <= now) {
                 entry.try_again();
                 self.look_at = Some(now);
             }
+            if entry.op.is_none() && entry.serve_at.is_some_and(|at| at <= now) {
+                entry.serve_at = None;
+                self.look_at = Some(now);
+            }
+            entry.tell_rest(now);
         }
-        let due: Vec<StoreName> = self
-            .entries
-            .values()
-            .filter(|entry| entry.owed.due.is_some_and(|at| at <= now))
-            .map(|entry| entry.spec.name.clone())
-            .collect();
-        for name in due {
-            self.refresh(&name);
-        }
+        self.hold_due(now);
+        self.refresh_due(now);
+        self.look_at_rooms(now);
         if self.look_at.is_some_and(|at| at <= now) {
             self.look_at = None;
             self.reconcile();
@@ -202,17 +288,36 @@ impl Engine {
         self.look_at = Some(self.look_at.map_or(at, |planned| planned.min(at)));
     }
 
+    /// Takes note of changes of layers. There may be more than it is the turn for.
     fn drain_watches(&mut self) {
-        let now = Instant::now();
         match self.tools.watches.drain() {
-            Ok(changes) => {
-                for (name, changes) in changes {
-                    if let Some(entry) = self.entries.get_mut(&name) {
-                        entry.owed.see(changes, now);
-                    }
-                }
+            Ok((changes, more)) => {
+                self.unread = more;
+                self.see(changes);
             }
-            Err(error) => tracing::error!("changes of layers cannot be read: {error}"),
+            Err(error) => self.cannot_drain(error),
+        }
+    }
+
+    /// Takes note of all changes of a store's layers that there were up to now.
+    fn drain_watches_of(&mut self, name: &StoreName) {
+        match self.tools.watches.drain_for(name) {
+            Ok(changes) => self.see(changes),
+            Err(error) => self.cannot_drain(error),
+        }
+    }
+
+    fn cannot_drain(&mut self, error: Errno) {
+        self.unread = false;
+        tracing::error!("changes of layers cannot be read: {error}");
+    }
+
+    fn see(&mut self, changes: HashMap<StoreName, Changes>) {
+        let now = Instant::now();
+        for (name, changes) in changes {
+            if let Some(entry) = self.entries.get_mut(&name) {
+                entry.owed.see(changes, now);
+            }
         }
     }
 
@@ -234,14 +339,11 @@ impl Engine {
     ///
     /// Stores that are not required do not delay it.
     fn check_settled(&mut self) {
-        let waited_for = |entry: &&Entry| entry.spec.required || !self.reload_applied.is_empty();
-        // A store that waits for the one on top of it to become free has been given up on for now as well.
-        let is_blocked = |entry: &Entry| {
-            let above = |other: &&Entry| other.spec.lower_name() == Some(&entry.spec.name);
-            self.entries.values().filter(above).any(|other| other.retry_at.is_some())
-        };
-        let is_settled = |entry: &Entry| entry.is_settled() || is_blocked(entry);
-        if !self.settling || !self.entries.values().filter(waited_for).all(is_settled) {
+        if !self.settling {
+            return;
+        }
+        settle::arrive(&mut self.entries);
+        if !settle::have_arrived(&self.entries, !self.reload_applied.is_empty()) {
             return;
         }
         self.settling = false;
@@ -250,15 +352,40 @@ impl Engine {
     }
 
     fn summary(&self) -> String {
-        let wanted: Vec<_> = self.entries.values().filter(|entry| entry.want == Want::Up).collect();
-        let active = wanted.iter().filter(|entry| entry.phase == Phase::Active).count();
-        let failed: Vec<_> = wanted
-            .iter()
-            .filter(|entry| matches!(entry.phase, Phase::Failed { .. }))
-            .map(|entry| entry.spec.name.as_str())
-            .collect();
-        let failed = if failed.is_empty() { String::new() } else { format!("; failed: {}", failed.join(", ")) };
-        format!("{active} of {} stores active{failed}", wanted.len())
+        let declared: Vec<_> = self.entries.values().filter(|entry| entry.declared).collect();
+        let active = declared.iter().filter(|entry| entry.phase == Phase::Active).count();
+        let names = |is_so: fn(&Entry) -> bool| {
+            let these = declared.iter().filter(|entry| is_so(entry));
+            these.map(|entry| entry.spec.name.to_string()).collect::<Vec<_>>()
+        };
+        let failed = names(|entry| matches!(entry.phase, Phase::Failed { .. }));
+        let stuck = names(|entry| entry.stuck.is_some());
+        // Those that nobody wants up are no failure, and count all the same.
+        let down = names(|entry| entry.want == Want::Down && entry.phase == Phase::Inactive).len();
+        let down = if down == 0 { String::new() } else { format!("; not started: {down}") };
+        let lists = [("failed", failed), ("stuck", stuck), ("records that cannot be read", self.unreadable.clone())];
+        let lists = lists.iter().filter(|(_, names)| !names.is_empty());
+        let rest: String = lists.map(|(what, names)| format!("; {what}: {}", names.join(", "))).collect();
+        let silent = if self.recalling.is_empty() { String::new() } else { format!("; {}", self.why_silent()) };
+        format!("{active} of {} active{rest}{down}{silent}", number(declared.len(), "store"))
+    }
+}
+
+/// A number with its noun.
+fn number(number: usize, noun: &str) -> String {
+    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
+}
+
+/// Waits until there are events, and takes note of it before they are read. If some are `unread`, everybody else has their turn
+/// first.
+async fn readable(inotify: Option<&AsyncFd<OwnedFd>>, unread: bool) -> std::io::Result<()> {
+    if unread {
+        tokio::task::yield_now().await;
+        return Ok(());
+    }
+    match inotify {
+        Some(inotify) => inotify.readable().await.map(|mut ready| ready.clear_ready()),
+        None => std::future::pending().await,
     }
 }
 

@@ -1,46 +1,41 @@
 //! What operations have brought, and what follows from it.
 
-use std::{
-    sync::{Arc, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::sync::{Arc, PoisonError};
 
+use layered_stores_model::{Service, StoreName};
+use layered_stores_overlay::{
+    probe::Stale,
+    refresh::{Changes, Report, Rung},
+    room::Room,
+    swap::OldMount,
+};
 use tokio::time::Instant;
 
-use super::Engine;
-use crate::{
-    overlay::{
-        probe::Stale,
-        refresh::{Changes, Outcome, Report, Rung},
-        swap::OldSuperblock,
-    },
-    store::{NixDaemon, StoreName},
-    supervisor::{
-        Error,
-        entry::{Op, answer},
-        handle::Event,
-        operation::{self, OperationError, Up},
-        plan::{Phase, Want},
-        status::Problem,
-    },
+use super::{Engine, room};
+use crate::supervisor::{
+    Error,
+    entry::answer,
+    handle::Event,
+    operation::{Held, OperationError, Up},
+    plan::Want,
+    status::Problem,
 };
-
-/// How long paths that stay stale after a swap are left alone before the next try.
-const STALE_RETRY: Duration = Duration::from_secs(30);
-
-/// How many stale paths a message names.
-const NAMED_STALE: usize = 3;
 
 /// What an operation brought.
 pub(super) enum Done {
     Up(Result<Up, OperationError>),
     Stopped(Result<(), OperationError>),
-    SwapFinished(Result<(), OperationError>),
+    SwapFinished(Result<OldMount, OperationError>),
     Released(Result<(), OperationError>, Release),
-    Refreshed(Result<Report, OperationError>),
-    Retired(OldSuperblock),
+    Refreshed(Result<Report, OperationError>, Option<OldMount>),
+    Glanced(Result<bool, OperationError>),
+    Held(Result<Held, OperationError>),
+    OwnerSeen(Option<String>),
+    RoomSeen(Result<Room, OperationError>),
     Verified(Result<Vec<Stale>, OperationError>),
-    Served(Option<NixDaemon>, Result<(), OperationError>),
+    Served(Option<Service>, Result<(), OperationError>),
+    Removed(Result<(), OperationError>),
+    LeftOverRemoved(Result<(), Error>),
 }
 
 /// Why something is undone.
@@ -54,16 +49,27 @@ impl Engine {
     /// Takes what an operation brought.
     pub(super) fn done(&mut self, name: &StoreName, done: Done) {
         let now = Instant::now();
-        if let Done::Retired(old) = done {
-            if old == OldSuperblock::StillWritten {
-                tracing::warn!(store = %name, "{name}: a process goes on writing through the mount that was swapped out");
-            }
+        if let Done::LeftOverRemoved(result) = done {
+            self.is_left_over_removed(name, &result);
             return;
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
         if let Done::Verified(result) = done {
             let result = result.map_err(|error| Error::RefreshFailed(name.clone(), error.to_string()));
-            answer(std::mem::take(&mut entry.verifying), &result);
+            answer(entry.verifying.end(), &result);
+            self.verify(name);
+            return;
+        }
+        if let Done::OwnerSeen(wrong) = done {
+            match wrong {
+                Some(message) => entry.problem(Problem::OtherOwner, message),
+                None => entry.clear(&[Problem::OtherOwner]),
+            }
+            self.publish(name);
+            return;
+        }
+        if let Done::RoomSeen(room) = done {
+            self.has_seen_room(name, room);
             return;
         }
         if let Done::Up(Ok(up)) = done {
@@ -72,10 +78,11 @@ impl Engine {
             return;
         }
         entry.op = None;
-        let refreshed = matches!(done, Done::Refreshed(_));
+        // A refresh does not change what the mount table says of a store.
+        let is_news = !matches!(done, Done::Refreshed(..) | Done::Glanced(_) | Done::Held(_)) || entry.passed_over;
         match done {
             Done::Up(Err(error)) => {
-                entry.fail(Problem::StartFailed, error.to_string());
+                entry.fail(error.problem(), error.to_string());
                 entry.retry_later(now);
                 let failed = Err(Error::StartFailed(name.clone(), error.to_string()));
                 answer(std::mem::take(&mut entry.starting), &failed);
@@ -85,8 +92,10 @@ impl Engine {
                 entry.down();
             }
             Done::Stopped(Err(error)) => self.is_busy(name, &error.to_string()),
-            Done::SwapFinished(Ok(())) => {
+            Done::SwapFinished(Ok(old)) => {
                 tracing::info!(store = %name, "{name}: a swap that was interrupted is finished");
+                let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
+                self.retirements.add(name.clone(), old, errand);
                 entry.owed.demand(Changes::unknown(), Rung::Probe, now);
             }
             Done::SwapFinished(Err(error)) => {
@@ -94,56 +103,58 @@ impl Engine {
                 entry.retry_later(now);
             }
             Done::Released(result, why) => self.is_released(name, result, why),
-            Done::Refreshed(Ok(report)) => self.is_refreshed(name, report),
-            Done::Refreshed(Err(error)) => {
-                let message = error.to_string();
-                let changes = std::mem::take(&mut entry.paying);
-                entry.owed.demand(changes, Rung::Reconfigure, now + STALE_RETRY);
-                entry.problem(Problem::RefreshFailed, message.clone());
-                let failed = Err(Error::RefreshFailed(name.clone(), message));
-                answer(std::mem::take(&mut entry.refreshing), &failed);
+            Done::Refreshed(result, old) => {
+                match result {
+                    Ok(report) => self.is_refreshed(name, report),
+                    Err(error) => self.is_not_refreshed(name, &error),
+                }
+                if let Some(old) = old {
+                    self.is_swapped_out(name, old);
+                }
+                // Root's Nix takes a store over while it adds to it, which is what has led here.
+                self.look_at_owner(name);
             }
-            Done::Served(daemon, result) => match result {
+            Done::Glanced(result) => self.has_glanced(name, &result),
+            Done::Held(result) => self.is_held(name, result),
+            Done::Served(service, result) => match result {
                 Ok(()) => {
-                    entry.served = Some(daemon);
+                    entry.served = Some(service);
+                    entry.served_at = Some(now);
                     entry.clear(&[Problem::DaemonFailed]);
                 }
                 Err(error) => {
                     entry.served = None;
-                    entry.retry_later(now);
+                    entry.serve_later(now);
                     entry.problem(Problem::DaemonFailed, format!("its Nix daemon: {error}; it is tried again"));
                 }
             },
-            Done::Up(Ok(_)) | Done::Verified(_) | Done::Retired(_) => {}
+            Done::Removed(result) => self.is_removed(name, result),
+            Done::Up(Ok(_)) | Done::LeftOverRemoved(_) | Done::Verified(_) | Done::OwnerSeen(_) | Done::RoomSeen(_) => {
+            }
         }
         self.publish(name);
         self.refresh_if_asked(name);
-        // A refresh does not change what the mount table says of a store.
-        if !refreshed {
+        if is_news {
             self.look_soon();
         }
     }
 
     pub(super) fn is_up(&mut self, name: &StoreName, up: Up, adopted: bool) {
+        self.look_at_owner(name);
         let Some(entry) = self.entries.get_mut(name) else { return };
         let how = if adopted { "adopted" } else { "mounted" };
         tracing::info!(store = %name, adopted, "{name}: active, {how} at {}", entry.spec.layers.merged);
         entry.up();
-        if let Some(lock) = up.lock {
-            entry.lock = Some(lock);
-        }
-        entry.owner_uid = up.owner_uid;
+        entry.mounted = up.mount;
+        let wrong = room::describe(&self.tools, entry, up.room);
+        entry.rooms.begins_with(name, wrong, Instant::now());
+        entry.look_at_room();
+        entry.belongs_to(up.owner_uid);
         entry.served = (!up.served).then_some(None);
         if !up.changes.is_empty() {
             entry.owed.demand(up.changes, Rung::Probe, Instant::now());
         }
-        match up.unwatched {
-            Some(error) => {
-                let message = format!("{error}; until then it is refreshed only when the hook asks for it");
-                entry.problem(Problem::Unwatched, message);
-            }
-            None => entry.clear(&[Problem::Unwatched]),
-        }
+        self.is_held(name, Ok(up.held));
         for above in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
             above.try_again();
         }
@@ -166,9 +177,10 @@ impl Engine {
 
     pub(super) fn is_released(&mut self, name: &StoreName, result: Result<(), OperationError>, why: Release) {
         let Some(entry) = self.entries.get_mut(name) else { return };
+        let is_whole = result.is_ok();
         if let Err(error) = result {
-            // The mount point keeps its attribute; a note is all there is to do about it.
-            tracing::warn!(store = %name, "{name}: the mount point was not given back: {error}");
+            // The mount point keeps its attribute, or the record stays; a note is all there is to do about it.
+            tracing::warn!(store = %name, "{name}: what was prepared for it is not all undone: {error}");
         }
         match why {
             Release::Respecify => {
@@ -185,7 +197,12 @@ impl Engine {
             Release::Forget => {
                 answer(std::mem::take(&mut entry.stopping), &Ok(()));
                 entry.answer_all(&Error::NoSuchStore(name.to_string()));
-                tracing::info!(store = %name, "{name}: forgotten; its data stays in {}", entry.spec.layers.upper);
+                let upper = &entry.spec.layers.upper;
+                if is_whole {
+                    tracing::info!(store = %name, "{name}: forgotten; its data stays in {upper}");
+                } else {
+                    tracing::info!(store = %name, "{name}: the next daemon undoes the rest; its data stays in {upper}");
+                }
                 self.entries.remove(name);
                 let mut registry = self.registry.write().unwrap_or_else(PoisonError::into_inner);
                 registry.by_name.remove(name);
@@ -194,73 +211,4 @@ impl Engine {
             }
         }
     }
-
-    /// Serves those who have asked while something else was being done.
-    pub(super) fn refresh_if_asked(&mut self, name: &StoreName) {
-        if self.entries.get(name).is_some_and(|entry| !entry.remounting.is_empty()) {
-            self.refresh(name);
-        }
-    }
-
-    /// Begins the refresh that is owed or asked for, if nothing else is being done about the store.
-    pub(super) fn refresh(&mut self, name: &StoreName) {
-        // What was changed before the command came is in the queue by now, and counts.
-        self.drain_watches();
-        let Some(entry) = self.entries.get_mut(name) else { return };
-        if entry.op.is_some() || entry.phase != Phase::Active {
-            return;
-        }
-        let (changes, owed) = entry.owed.take();
-        let asked = if entry.remounting.is_empty() { Rung::Probe } else { Rung::Reconfigure };
-        entry.refreshing.append(&mut entry.remounting);
-        entry.paying = changes.clone();
-        let (tools, spec, kept) = (self.tools.clone(), Arc::clone(&entry.spec), entry.fingerprint);
-        self.spawn(name, Op::Refresh, async move {
-            Done::Refreshed(operation::refresh(tools, spec, changes, owed.max(asked), kept).await)
-        });
-    }
-
-    pub(super) fn is_refreshed(&mut self, name: &StoreName, report: Report) {
-        let now = Instant::now();
-        let Some(entry) = self.entries.get_mut(name) else { return };
-        let changes = std::mem::take(&mut entry.paying);
-        // Whoever waits is answered before anything is logged or published: it is Nix that waits.
-        let asked = std::mem::take(&mut entry.refreshing);
-        entry.clear(&[Problem::RefreshFailed]);
-        if report.still_stale.is_empty() {
-            answer(asked, &Ok(()));
-            entry.fingerprint = Some(report.fingerprint);
-            entry.clear(&[Problem::Stale]);
-        } else {
-            let names = report.still_stale.iter().map(|stale| stale.name.clone()).collect();
-            entry.owed.demand(Changes { names, unknown: false }, Rung::Probe, now + STALE_RETRY);
-            let named: Vec<_> = report.still_stale.iter().take(NAMED_STALE).map(ToString::to_string).collect();
-            let message = format!("{} of its paths: {}", report.still_stale.len(), named.join("; "));
-            answer(asked, &Err(Error::Stale(name.clone(), message.clone())));
-            entry.problem(Problem::Stale, message);
-        }
-        let (how, above) = match report.outcome {
-            Outcome::Current => return,
-            Outcome::Reconfigured => ("reconfigured", Rung::Reconfigure),
-            Outcome::Swapped => ("swapped", Rung::Swap),
-        };
-        entry.refresh_count += 1;
-        entry.last_refresh = how;
-        entry.last_refresh_usec = realtime_usec();
-        tracing::info!(store = %name, refresh = how, probed = report.probed, "{name}: {how} (paths probed: {})", report.probed);
-        if let Some(old) = report.old {
-            entry.swap_count += 1;
-            let (name, spec) = (name.clone(), Arc::clone(&entry.spec));
-            self.operations.spawn(async move { (name, Done::Retired(operation::retire(old, spec).await)) });
-        }
-        // What lies on top has looked at the old view, and after a swap refers to the old superblock.
-        for entry in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
-            entry.owed.demand(changes.clone(), above, now);
-        }
-    }
-}
-
-fn realtime_usec() -> u64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)
 }

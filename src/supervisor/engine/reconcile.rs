@@ -2,21 +2,24 @@
 
 use std::sync::{Arc, PoisonError};
 
+use layered_stores_model::StoreName;
+use layered_stores_overlay::mountinfo::MountState;
 use tokio::time::Instant;
 
 use super::{
     Engine,
     outcome::{Done, Release},
+    remove::Removing,
 };
 use crate::{
-    overlay::mountinfo::MountState,
-    store::StoreName,
     supervisor::{
         Error,
         entry::{Entry, Op, answer},
-        nix_daemon, operation,
+        nix_daemon,
+        operation::{self, Tools},
         plan::{Action, Lower, Phase, View, Want, plan},
         status::Problem,
+        threads::Errand,
     },
     systemd::mount_unit,
 };
@@ -28,12 +31,19 @@ impl Engine {
         // Interest follows the entries; with none there is nothing to read.
         let registry = Arc::clone(&self.registry);
         let registry = registry.read().unwrap_or_else(PoisonError::into_inner);
-        match self.mounts.read(|point| registry.by_path.contains_key(point)) {
+        let is_of_interest = |point: &str| registry.on_the_way.contains(point);
+        match self.mounts.read(is_of_interest) {
             Ok(table) => {
+                let changed = std::mem::take(&mut self.mounts_changed);
                 for entry in self.entries.values_mut() {
-                    entry.mount = table.state(&entry.spec.layers);
+                    entry.look_at(&table);
                     entry.look_at_mount();
+                    if changed {
+                        entry.look_at_lower(&table, now);
+                        entry.look_at_own(&table);
+                    }
                 }
+                self.hide_above();
             }
             Err(error) => tracing::error!("the mount table cannot be read: {error}"),
         }
@@ -51,6 +61,24 @@ impl Engine {
         self.check_settled();
     }
 
+    /// Has what hides a store hide those that lie on it: their lower store's path leads elsewhere.
+    fn hide_above(&mut self) {
+        let cover = |entry: &Entry| match &entry.mount {
+            MountState::Covered(cover) if cover.hides == entry.spec.layers.merged.as_str() => Some(cover.clone()),
+            _ => None,
+        };
+        let hidden: Vec<_> =
+            self.entries.iter().filter_map(|(name, entry)| Some((name.clone(), cover(entry)?))).collect();
+        for (name, cover) in hidden {
+            let is_on_it = |entry: &&mut Entry| entry.spec.lower_name() == Some(&name);
+            for above in self.entries.values_mut().filter(is_on_it) {
+                if matches!(above.mount, MountState::Mounted { .. }) {
+                    above.mount = MountState::Covered(cover.clone());
+                }
+            }
+        }
+    }
+
     /// Lets what operations have brought count, now that the mount table was read.
     pub(super) fn confirm(&mut self, now: Instant) {
         let confirmable = |entry: &&mut Entry| entry.unconfirmed.is_some();
@@ -63,8 +91,9 @@ impl Engine {
                     confirmed.push((entry.spec.name.clone(), up, adopted));
                     continue;
                 }
-                MountState::Absent => "nothing there",
-                MountState::Covered { by: what } | MountState::Foreign { what } => what,
+                MountState::Absent => "nothing there".to_owned(),
+                MountState::Covered(cover) => format!("that {cover}"),
+                MountState::Foreign { what } => what.clone(),
             };
             let reason = format!("it was mounted, but the mount table shows {shown}");
             entry.fail(Problem::StartFailed, reason);
@@ -78,15 +107,16 @@ impl Engine {
 
     /// Carries out the next action for a store. Whether there may be another one.
     pub(super) fn step(&mut self, name: &StoreName, now: Instant) -> bool {
-        let Some(entry) = self.entries.get(name) else { return false };
+        let Some(entry) = self.entries.get_mut(name) else { return false };
         // A refresh may be in flight while the mount is lost; what comes of it does not matter then.
-        if entry.op.is_some() {
+        entry.passed_over = entry.op.is_some();
+        if entry.passed_over {
             return false;
         }
+        let Some(entry) = self.entries.get(name) else { return false };
         if entry.want == Want::Up && entry.is_to_be_served() && matches!(entry.mount, MountState::Mounted { .. }) {
-            let (tools, spec) = (self.tools.clone(), Arc::clone(&entry.spec));
-            self.spawn(name, Op::Serve, async move {
-                Done::Served(spec.daemon.clone(), nix_daemon::serve(tools, spec).await)
+            self.spawn(name, Op::Serve, async move |tools, errand| {
+                Done::Served(errand.spec.service(), nix_daemon::serve(tools, errand).await)
             });
             return false;
         }
@@ -126,29 +156,39 @@ impl Engine {
                 entry.give_up(failure);
                 true
             }
+            Action::Start { .. } if !self.recalling.is_empty() => {
+                self.wait_for_records(name);
+                true
+            }
             Action::Start { repair } => {
                 if repair {
                     tracing::warn!(store = %name, "{name}: its mount is gone and is made again");
                     entry.repaired(now);
                 }
-                let (tools, spec, lock) = (self.tools.clone(), Arc::clone(&entry.spec), entry.lock.take());
-                self.spawn(name, Op::Start, async move { Done::Up(operation::start(tools, spec, lock).await) });
+                let lock = entry.lock.take();
+                self.spawn(name, Op::Start, async move |tools, errand| {
+                    Done::Up(operation::start(tools, errand, lock).await)
+                });
                 false
             }
             Action::Adopt => {
-                let (tools, spec, locked) = (self.tools.clone(), Arc::clone(&entry.spec), entry.lock.is_some());
-                self.spawn(name, Op::Adopt, async move { Done::Up(operation::adopt(tools, spec, locked).await) });
+                let locked = entry.lock.is_some();
+                let differ = matches!(entry.mount, MountState::Mounted { flags: Some(_), .. });
+                self.spawn(name, Op::Adopt, async move |tools, errand| {
+                    Done::Up(operation::adopt(tools, errand, locked, differ).await)
+                });
                 false
             }
             Action::Stop => {
-                let (tools, spec) = (self.tools.clone(), Arc::clone(&entry.spec));
-                self.spawn(name, Op::Stop, async move { Done::Stopped(operation::stop(tools, spec).await) });
+                self.spawn(name, Op::Stop, async move |tools, errand| {
+                    Done::Stopped(operation::stop(tools, errand).await)
+                });
                 false
             }
             Action::FinishSwap => {
-                let spec = Arc::clone(&entry.spec);
-                let work = async move { Done::SwapFinished(operation::finish_swap(spec).await) };
-                self.spawn(name, Op::FinishSwap, work);
+                self.spawn(name, Op::FinishSwap, async move |_, errand| {
+                    Done::SwapFinished(operation::finish_swap(errand).await)
+                });
                 false
             }
             Action::Respecify => {
@@ -164,23 +204,33 @@ impl Engine {
 
     pub(super) fn release(&mut self, name: &StoreName, why: Release) {
         let Some(entry) = self.entries.get_mut(name) else { return };
-        entry.lock = None;
-        let (tools, spec) = (self.tools.clone(), Arc::clone(&entry.spec));
-        self.spawn(name, Op::Release, async move {
-            Done::Released(operation::release(tools, spec, why == Release::Forget).await, why)
+        entry.unlock();
+        self.spawn(name, Op::Release, async move |tools, errand| {
+            Done::Released(operation::release(tools, errand, why == Release::Forget).await, why)
         });
     }
 
-    pub(super) fn spawn(&mut self, name: &StoreName, op: Op, work: impl Future<Output = Done> + Send + 'static) {
+    /// Begins to do something about a store.
+    pub(super) fn spawn<F>(&mut self, name: &StoreName, op: Op, work: impl FnOnce(Tools, Errand) -> F)
+    where
+        F: Future<Output = Done> + Send + 'static,
+    {
         if let Some(entry) = self.entries.get_mut(name) {
             entry.op = Some(op);
-            let name = name.clone();
+            let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
+            entry.follow(&errand);
+            let (name, work) = (name.clone(), work(self.tools.clone(), errand));
             self.operations.spawn(async move { (name, work.await) });
         }
     }
 
-    /// Whether another store that is on its way down still has one of a store's directories: it was given another name.
+    /// Whether another store that is on its way down still has one of a store's directories, because it was given another name, or
+    /// one of them is being removed.
     pub(super) fn is_occupied(&self, entry: &Entry) -> bool {
+        let is_being_removed = |(name, removing): (&StoreName, &Removing)| entry.spec.is_of(name, &removing.directory);
+        if self.removing.iter().any(is_being_removed) {
+            return true;
+        }
         let is_leaving = |other: &&Entry| other.want == Want::Gone || other.next.is_some();
         self.entries
             .values()
@@ -192,8 +242,8 @@ impl Engine {
         match self.entries.get(lower) {
             Some(entry) if entry.next.is_some() => Lower::Leaving,
             Some(entry) if entry.phase == Phase::Active => Lower::Ready,
-            Some(entry) if entry.want == Want::Up && !matches!(entry.phase, Phase::Failed { .. }) => Lower::Pending,
-            Some(entry) if entry.op.is_some() => Lower::Pending,
+            Some(entry) if entry.stuck.is_none() && entry.is_coming_up() => Lower::Pending,
+            Some(entry) if entry.op.is_some() && entry.stuck.is_none() => Lower::Pending,
             _ => Lower::Unavailable,
         }
     }
@@ -202,11 +252,14 @@ impl Engine {
     pub(super) fn rested(&mut self, name: &StoreName) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         match &entry.phase {
-            Phase::Active => answer(std::mem::take(&mut entry.starting), &Ok(())),
+            Phase::Active => {
+                answer(std::mem::take(&mut entry.starting), &Ok(()));
+                self.refresh_if_asked(name);
+            }
             Phase::Failed { .. } => {
                 let reason = entry.reason.clone();
                 let not_active = Err(entry.not_active());
-                answer(std::mem::take(&mut entry.remounting), &not_active);
+                answer(entry.all_remounting(), &not_active);
                 let failed = Err(Error::StartFailed(name.clone(), reason.clone()));
                 answer(std::mem::take(&mut entry.starting), &failed);
                 let asked = std::mem::take(&mut entry.stopping);
@@ -219,7 +272,7 @@ impl Engine {
             }
             Phase::Inactive if entry.want != Want::Up => {
                 let not_active = Err(entry.not_active());
-                answer(std::mem::take(&mut entry.remounting), &not_active);
+                answer(entry.all_remounting(), &not_active);
                 answer(std::mem::take(&mut entry.stopping), &Ok(()));
             }
             Phase::Inactive => {}

@@ -1,0 +1,32 @@
+//! What a layered store *is*: names, paths, URLs, the specification, the stack of stores.
+//!
+//! Nothing here does I/O: everything can be tested with values alone.
+
+pub mod config;
+mod ephemeral;
+mod lower;
+mod mount_option;
+mod name;
+mod nix_daemon;
+mod path;
+mod printable;
+mod spec;
+mod stack;
+mod unit_name;
+
+pub use ephemeral::{Ephemeral, EphemeralSize, NoSize};
+pub use lower::{LowerStore, LowerStoreError};
+pub use mount_option::{MountOption, UnknownMountOption};
+pub use name::{NameError, StoreName};
+pub use nix_daemon::{MAX_SOCKET_PATH_LEN, NixDaemon, refuse_setting, refuse_user};
+pub use path::{AbsolutePath, PathError};
+pub use printable::{excerpt, printable, unprintable};
+pub use spec::{Layers, Ownership, Service, StoreSpec, url_parameter};
+pub use stack::{Conflict, Declaration, MAX_DEPTH, Reason, nearest, stack};
+pub use unit_name::{MountUnitName, UnitNameTooLong};
+
+/// Where every Nix store this project layers believes its objects are.
+///
+/// Nix calls it the *store directory*; a store path is only valid below the one it was built for,
+/// so all layers of one store have to share it.
+pub const NIX_STORE_DIR: &str = "/nix/store";

@@ -1,0 +1,197 @@
+//! What a configuration may name as the lower store.
+
+use std::{fmt, str::FromStr};
+
+use percent_encoding::percent_decode_str;
+use serde::{Deserialize, Serialize};
+
+use super::{AbsolutePath, NIX_STORE_DIR, NameError, PathError, StoreName, unprintable};
+
+/// The prefix that refers to another store of the same configuration.
+const LAYERED: &str = "layered:";
+
+/// The store underneath, as the configuration names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum LowerStore {
+    /// `layered:NAME`: another layered store of this configuration.
+    Layered(StoreName),
+    /// A Nix store URL or a root directory, exactly as Nix will be given it.
+    Nix {
+        /// The text handed to Nix.
+        url: String,
+        /// The directory of its store objects on this machine.
+        store_dir: AbsolutePath,
+    },
+}
+
+/// Why a text names no usable lower store.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LowerStoreError {
+    /// The empty text.
+    #[error("it is empty; name a root directory, a Nix store URL such as \"daemon\", or \"layered:NAME\"")]
+    Empty,
+    /// `layered:` with something that is no name behind it.
+    #[error("what follows \"layered:\" is no store's name: {0}")]
+    Name(#[from] NameError),
+    /// The store, its root or its `real` directory is no usable path.
+    #[error("{0}")]
+    Path(#[from] PathError),
+    /// A store that lives on another machine or has no directory at all.
+    #[error(
+        "a {0:?} store has no directory on this machine; an overlay needs one: \
+         use a root directory, \"daemon\", \"local\" or \"layered:NAME\""
+    )]
+    NotLocal(String),
+    /// A store directory other than `/nix/store`.
+    #[error("its store directory is {0:?}; a layered store needs one that is {NIX_STORE_DIR:?}")]
+    StoreDir(String),
+    /// The host's store written as the root directory.
+    #[error("the host's own store is written \"daemon\" (through its daemon) or \"local\" (directly)")]
+    HostRoot,
+    /// A character that a file, a command line or a terminal would not take for one of a name.
+    #[error("it holds {0:?}, as it is or percent-encoded, which no store's URL has to; take it away")]
+    Unprintable(char),
+}
+
+impl From<LowerStore> for String {
+    fn from(lower: LowerStore) -> Self {
+        lower.to_string()
+    }
+}
+
+impl TryFrom<String> for LowerStore {
+    type Error = LowerStoreError;
+
+    fn try_from(text: String) -> Result<Self, LowerStoreError> {
+        text.parse()
+    }
+}
+
+impl FromStr for LowerStore {
+    type Err = LowerStoreError;
+
+    fn from_str(text: &str) -> Result<Self, LowerStoreError> {
+        if text.is_empty() {
+            return Err(LowerStoreError::Empty);
+        }
+        if let Some(name) = text.strip_prefix(LAYERED) {
+            return Ok(Self::Layered(name.parse()?));
+        }
+        if text == "/" {
+            return Err(LowerStoreError::HostRoot);
+        }
+        let store_dir = store_dir(text)?;
+        refuse_unprintable(text)?;
+        Ok(Self::Nix { url: text.to_owned(), store_dir })
+    }
+}
+
+/// Refuses what would end a line or a string in a nix.conf, a unit or a C program, or be obeyed by a terminal. Nix decodes
+/// the parameters of a URL, so what is percent-encoded counts as well.
+fn refuse_unprintable(url: &str) -> Result<(), LowerStoreError> {
+    let decoded = percent_decode_str(url).decode_utf8_lossy();
+    // What is not UTF-8 becomes U+FFFD.
+    let refused = unprintable(&decoded).or_else(|| decoded.chars().find(|&c| c == char::REPLACEMENT_CHARACTER));
+    refused.map_or(Ok(()), |c| Err(LowerStoreError::Unprintable(c)))
+}
+
+/// The local directory of store objects of a Nix store URL.
+///
+/// Follows `parseStoreReference` and the settings `root`, `real` and `store` of Nix's local stores
+/// (`src/libstore/store-reference.cc`, `local-fs-store.hh`): `real` wins over `root`, and a bare
+/// absolute path is a root.
+fn store_dir(url: &str) -> Result<AbsolutePath, LowerStoreError> {
+    let (base, query) = url.split_once('?').unwrap_or((url, ""));
+    let (scheme, authority) = base.split_once("://").unwrap_or((base, ""));
+    let mut root = None;
+    match scheme {
+        "auto" | "daemon" | "unix" | "local-overlay" => {}
+        "local" if authority.is_empty() => {}
+        "local" => root = Some(authority.to_owned()),
+        path if path.starts_with('/') => root = Some(path.to_owned()),
+        // `./x`, `../x` and `a/b` are paths to Nix as well, relative to wherever it is started.
+        path if path.contains('/') => return Err(PathError::Relative.into()),
+        other => return Err(LowerStoreError::NotLocal(other.to_owned())),
+    }
+    let mut real = None;
+    for (key, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
+        let value = percent_decode_str(value).decode_utf8_lossy().into_owned();
+        match key {
+            "root" if !value.is_empty() => root = Some(value),
+            "real" => real = Some(value),
+            "store" if value != NIX_STORE_DIR => return Err(LowerStoreError::StoreDir(value)),
+            _ => {}
+        }
+    }
+    match (real, root) {
+        (Some(real), _) => Ok(real.parse()?),
+        (None, Some(root)) => Ok(root.parse::<AbsolutePath>()?.join(&NIX_STORE_DIR[1..])?),
+        (None, None) => Ok(NIX_STORE_DIR.parse()?),
+    }
+}
+
+impl fmt::Display for LowerStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layered(name) => write!(f, "{LAYERED}{name}"),
+            Self::Nix { url, .. } => f.write_str(url),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directory_of_a_lower_store_is_where_nix_has_it() {
+        for (url, dir) in [
+            ("/mnt/store-a", "/mnt/store-a/nix/store"),
+            ("auto", "/nix/store"),
+            ("daemon", "/nix/store"),
+            ("daemon?root=/x", "/x/nix/store"),
+            ("local", "/nix/store"),
+            ("local?root=/x", "/x/nix/store"),
+            ("local?root=", "/nix/store"),
+            ("local?root=/x&real=/y/store&read-only=true", "/y/store"),
+            ("local:///srv/a?read-only=true", "/srv/a/nix/store"),
+            ("local?store=/nix/store&root=%2Fx", "/x/nix/store"),
+            ("unix:///run/other.sock?root=/x", "/x/nix/store"),
+            ("unix://", "/nix/store"),
+            ("/x?read-only=true", "/x/nix/store"),
+        ] {
+            assert_eq!(store_dir(url).map(|d| d.to_string()), Ok(dir.to_owned()), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_lower_store_without_a_local_directory_is_refused() {
+        for (text, why) in [
+            ("", LowerStoreError::Empty),
+            ("/", LowerStoreError::HostRoot),
+            ("https://cache.example.org", LowerStoreError::NotLocal("https".into())),
+            ("ssh-ng://host", LowerStoreError::NotLocal("ssh-ng".into())),
+            ("s3://bucket", LowerStoreError::NotLocal("s3".into())),
+            ("dummy://", LowerStoreError::NotLocal("dummy".into())),
+            ("./rel", PathError::Relative.into()),
+            ("a/b", PathError::Relative.into()),
+            ("/x/", PathError::TrailingSlash.into()),
+            ("local?root=rel", PathError::Relative.into()),
+            ("local?store=/gnu/store", LowerStoreError::StoreDir("/gnu/store".into())),
+            ("/x\0", PathError::Character('\0').into()),
+            ("local?root=/x%00", PathError::Character('\0').into()),
+            ("local?root=/x&log=\0", LowerStoreError::Unprintable('\0')),
+            ("local?root=/x&log=/l%00", LowerStoreError::Unprintable('\0')),
+            ("local?root=/x&log%0a=/l", LowerStoreError::Unprintable('\n')),
+            ("daemon?\n\nstore=x", LowerStoreError::Unprintable('\n')),
+            ("unix:///run/%1b[2J", LowerStoreError::Unprintable('\u{1b}')),
+            ("unix:///run/\u{202e}", LowerStoreError::Unprintable('\u{202e}')),
+            ("local?log=%ff", LowerStoreError::Unprintable('\u{fffd}')),
+            ("layered:", NameError::Empty.into()),
+            ("layered:A", NameError::Character('A').into()),
+        ] {
+            assert_eq!(text.parse::<LowerStore>(), Err(why), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The specification of one layered store: all that is declared, and all that follows from it.
+
+use std::fmt;
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
+
+use super::{AbsolutePath, Ephemeral, LowerStore, MountOption, MountUnitName, NixDaemon, StoreName};
+
+/// What stays as it is in a parameter of a Nix store URL: RFC 3986's unreserved characters and the slash.
+const URL_PARAMETER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+
+/// A text as it is written for the value of a parameter of a Nix store URL.
+pub fn url_parameter(text: &str) -> impl fmt::Display {
+    utf8_percent_encode(text, URL_PARAMETER)
+}
+
+/// What an overlay mount is made of: its four directories, and the options that were chosen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layers {
+    /// The lower store's directory of store objects.
+    pub lower: AbsolutePath,
+    /// Where the objects are that the layered store adds.
+    pub upper: AbsolutePath,
+    /// OverlayFS's scratch directory.
+    pub work: AbsolutePath,
+    /// Where both are merged: Nix's real store dir.
+    pub merged: AbsolutePath,
+    /// Options of the mount, besides those that every store has.
+    #[serde(default)]
+    pub options: Vec<MountOption>,
+}
+
+/// Who owns the directories of a store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ownership {
+    /// User name or number; `root` when absent.
+    pub owner: Option<String>,
+    /// Group name or number; when absent, `nixbld` where it exists and the store is root's, else the owner's.
+    pub group: Option<String>,
+    /// Mode of the upper layer; when absent, 1775 for a store of `nixbld` and 0755 for others.
+    pub mode: Option<u32>,
+}
+
+/// A store's own Nix daemon, and the user whom the store belongs to.
+pub type Service = (NixDaemon, Option<String>);
+
+/// One layered store with every default filled in and every reference resolved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSpec {
+    /// The store's name.
+    pub name: StoreName,
+    /// The lower store as declared.
+    pub lower_store: LowerStore,
+    /// The lower store as Nix has to be told about it.
+    pub lower_url: String,
+    /// The directories of its mount.
+    pub layers: Layers,
+    /// The root of the store: `<root>/nix/store` is the real store dir.
+    pub root: AbsolutePath,
+    /// `<root>/nix/var/nix`, with the database.
+    pub state_dir: AbsolutePath,
+    /// The systemd unit of the mount.
+    pub mount_unit: MountUnitName,
+    /// What Nix calls when the merged directory has to be refreshed.
+    pub remount_hook: AbsolutePath,
+    /// Who owns upper layer and state dir.
+    pub ownership: Ownership,
+    /// Whether the daemon is ready only once this store is active.
+    pub required: bool,
+    /// Whether the daemon starts this store by itself.
+    pub autostart: bool,
+    /// The filesystem in memory that everything of it is on, if it is to be gone with the next boot.
+    #[serde(default)]
+    pub ephemeral: Option<Ephemeral>,
+    /// Its own Nix daemon.
+    #[serde(default)]
+    pub daemon: Option<NixDaemon>,
+}
+
+impl StoreSpec {
+    /// The store URL that Nix opens (`local-overlay://?…`), every escape in place.
+    ///
+    /// `check-mount` is left at Nix's default, which is on: the mounts made here pass it.
+    pub fn uri(&self) -> String {
+        let parameters = [
+            ("root", self.root.as_str()),
+            ("lower-store", self.lower_url.as_str()),
+            ("upper-layer", self.layers.upper.as_str()),
+            ("remount-hook", self.remount_hook.as_str()),
+        ];
+        let parameters: Vec<_> = parameters.map(|(key, value)| format!("{key}={}", url_parameter(value))).into();
+        format!("local-overlay://?{}", parameters.join("&"))
+    }
+
+    /// The URL under which its own Nix daemon is used, if it has one.
+    ///
+    /// Nix's older commands read store objects behind the daemon's back, and `root` tells them where. No character of a path
+    /// needs an escape.
+    pub fn daemon_uri(&self) -> Option<String> {
+        self.daemon.as_ref().map(|daemon| format!("unix://{}?root={}", daemon.socket_path, self.root))
+    }
+
+    /// Its own Nix daemon, if it has one, and as whom that runs: what changes either makes the daemon anew.
+    pub fn service(&self) -> Option<Service> {
+        self.daemon.as_ref().map(|daemon| (daemon.clone(), self.ownership.owner.clone()))
+    }
+
+    /// The layered store underneath, if the lower store is one.
+    pub fn lower_name(&self) -> Option<&StoreName> {
+        match &self.lower_store {
+            LowerStore::Layered(name) => Some(name),
+            LowerStore::Nix { .. } => None,
+        }
+    }
+
+    /// Whether a directory of one store is, or lies inside, one of the other.
+    pub fn shares_directories_with(&self, other: &Self) -> bool {
+        let directories = |spec: &Self| [spec.root.clone(), spec.layers.upper.clone(), spec.layers.work.clone()];
+        let (mine, others) = (directories(self), directories(other));
+        mine.iter().any(|a| others.iter().any(|b| a.is_within(b) || b.is_within(a)))
+    }
+
+    /// Whether a directory that belongs to a store of a name is this store's, or holds one of its directories.
+    pub fn is_of(&self, name: &StoreName, directory: &AbsolutePath) -> bool {
+        let Layers { lower, upper, work, .. } = &self.layers;
+        self.name == *name || [&self.root, lower, upper, work].iter().any(|dir| dir.is_within(directory))
+    }
+
+    /// Whether going from `self` to `new` needs the mount to be taken down and made again.
+    ///
+    /// The owner and mode of directories that exist are never changed, `required` and `autostart` are the daemon's
+    /// business alone, and a Nix daemon is made anew without the mount.
+    pub fn needs_restart_for(&self, new: &Self) -> bool {
+        self.layers != new.layers || self.ephemeral != new.ephemeral
+    }
+}

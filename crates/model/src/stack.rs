@@ -1,0 +1,545 @@
+//! The stack of stores: which lies on which, how deep, and that no two share a directory.
+
+use std::collections::BTreeMap;
+
+use super::{
+    AbsolutePath, Ephemeral, Layers, LowerStore, MountOption, MountUnitName, NIX_STORE_DIR, NixDaemon, Ownership,
+    PathError, StoreName, StoreSpec, UnitNameTooLong,
+};
+
+/// `FILESYSTEM_MAX_STACK_DEPTH` of the kernel: an overlay on an overlay mounts, a third level is `EINVAL`.
+pub const MAX_DEPTH: usize = 2;
+
+/// A store as declared, before its references are resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Declaration {
+    /// The store's name.
+    pub name: StoreName,
+    /// The lower store as declared.
+    pub lower_store: LowerStore,
+    /// The root of the store.
+    pub root: AbsolutePath,
+    /// The upper layer.
+    pub upper_layer: AbsolutePath,
+    /// The work dir.
+    pub work_dir: AbsolutePath,
+    /// Who owns the directories.
+    pub ownership: Ownership,
+    /// Whether the daemon is ready only once this store is active.
+    pub required: bool,
+    /// Whether the daemon starts this store by itself.
+    pub autostart: bool,
+    /// Options of the mount.
+    pub mount_options: Vec<MountOption>,
+    /// The filesystem in memory, for an ephemeral store.
+    pub ephemeral: Option<Ephemeral>,
+    /// Its own Nix daemon.
+    pub daemon: Option<NixDaemon>,
+}
+
+/// Why declarations do not make a stack. Each names the store, the key, the value and the way out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Conflict {
+    /// The store whose declaration has to change.
+    pub store: StoreName,
+    /// The key that holds the offending value.
+    pub key: &'static str,
+    /// The offending value.
+    pub value: String,
+    /// What is wrong and what to do.
+    pub reason: Reason,
+}
+
+/// The reasons of a [`Conflict`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Reason {
+    /// `layered:NAME` without a store of that name.
+    #[error("no store {0:?} is declared here{hint}", hint = did_you_mean(.1.as_deref()))]
+    NoSuchStore(StoreName, Option<String>),
+    /// A store that lies on itself.
+    #[error("the store lies on itself ({}); let one of them have a lower store of its own", chain(.0))]
+    Loop(Vec<StoreName>),
+    /// More levels than the kernel takes.
+    #[error(
+        "the kernel stacks at most {MAX_DEPTH} overlays and this would be number {} ({}); \
+         use the lower store of {} instead",
+        .0.len(), chain(.0), .0[1]
+    )]
+    TooDeep(Vec<StoreName>),
+    /// A store on one that belongs to somebody else. Nix opens both, as one user: as root it would follow what the other's owner
+    /// has put there, and as anybody else it cannot write to the other's database.
+    #[error(
+        "the store {0:?} belongs to {1} and this one to {2}, and Nix opens both as one user; give both the same owner"
+    )]
+    OtherOwner(StoreName, String, String),
+    /// Two directories that are one, or one inside the other.
+    #[error("{relation} {key} of {owner} ({value}); give each a directory of its own",
+        relation = if *.nested { "it lies inside the" } else { "it is also the" },
+        owner = of_store(.owner.as_ref()))]
+    Overlap {
+        /// The other directory's store; `None` for the same store.
+        owner: Option<StoreName>,
+        /// The other directory's key.
+        key: &'static str,
+        /// The other directory.
+        value: AbsolutePath,
+        /// Whether one is inside the other.
+        nested: bool,
+    },
+    /// A path where `layered:NAME` is meant.
+    #[error("this is the store {0:?} of this configuration; write \"layered:{0}\"")]
+    WriteLayered(StoreName),
+    /// A lower store in a directory that the store itself writes.
+    #[error("the lower store's directory {dir} lies inside the {key} of {owner} ({value}); a lower store has to lie apart",
+        owner = of_store(.owner.as_ref()))]
+    LowerInside {
+        /// The lower store's directory.
+        dir: AbsolutePath,
+        /// The other directory's store; `None` for the same store.
+        owner: Option<StoreName>,
+        /// The other directory's key.
+        key: &'static str,
+        /// The other directory.
+        value: AbsolutePath,
+    },
+    /// A path derived from the root is no path the kernel takes.
+    #[error("with {tail} below it: {error}")]
+    Derived {
+        /// What is appended.
+        tail: &'static str,
+        /// Why the whole is refused.
+        error: PathError,
+    },
+    /// Two Nix daemons on one socket.
+    #[error("it is also the socket of store {0:?}; give each a socket of its own")]
+    SharedSocket(StoreName),
+    /// The mount unit's name would be too long.
+    #[error(transparent)]
+    UnitName(#[from] UnitNameTooLong),
+}
+
+fn did_you_mean(nearest: Option<&str>) -> String {
+    nearest.map(|n| format!("; did you mean {n:?}?")).unwrap_or_else(|| "; declare it, or name another".to_owned())
+}
+
+fn chain(names: &[StoreName]) -> String {
+    names.iter().map(StoreName::as_str).collect::<Vec<_>>().join(" on ")
+}
+
+fn of_store(owner: Option<&StoreName>) -> String {
+    owner.map_or_else(|| "the same store".to_owned(), |name| format!("store {name:?}"))
+}
+
+/// Resolves declarations into specifications, each after the store it lies on.
+///
+/// # Errors
+/// Every [`Conflict`] there is, not only the first.
+pub fn stack(declarations: Vec<Declaration>, remount_hook: &AbsolutePath) -> Result<Vec<StoreSpec>, Vec<Conflict>> {
+    let by_name: BTreeMap<_, _> = declarations.into_iter().map(|d| (d.name.clone(), d)).collect();
+    let mut conflicts = Vec::new();
+    let mut ordered: Vec<StoreSpec> = Vec::with_capacity(by_name.len());
+    let mut index = BTreeMap::new();
+
+    // Stores on plain lowers come first, then those on them: with two levels at most, sorting by depth is an order.
+    let mut depths: Vec<(usize, &Declaration)> = Vec::with_capacity(by_name.len());
+    for declaration in by_name.values() {
+        match depth(declaration, &by_name) {
+            Ok(depth) => depths.push((depth, declaration)),
+            Err(reason) => conflicts.push(Conflict {
+                store: declaration.name.clone(),
+                key: "lower-store",
+                value: declaration.lower_store.to_string(),
+                reason,
+            }),
+        }
+    }
+    depths.sort_by_key(|(depth, _)| *depth);
+    for (_, declaration) in depths {
+        let (lower_url, lower_dir) = match &declaration.lower_store {
+            LowerStore::Nix { url, store_dir } => (url.clone(), store_dir.clone()),
+            LowerStore::Layered(name) => match index.get(name) {
+                Some(&i) => {
+                    let lower: &StoreSpec = &ordered[i];
+                    (lower.uri(), lower.layers.merged.clone())
+                }
+                // The store underneath has a conflict of its own, which is reported.
+                None => continue,
+            },
+        };
+        match resolve(declaration, lower_url, lower_dir, remount_hook) {
+            Ok(spec) => {
+                index.insert(spec.name.clone(), ordered.len());
+                ordered.push(spec);
+            }
+            Err(reason) => conflicts.push(Conflict {
+                store: declaration.name.clone(),
+                key: "root",
+                value: declaration.root.to_string(),
+                reason,
+            }),
+        }
+    }
+    overlaps(&by_name, &ordered, &mut conflicts);
+    shared_sockets(&by_name, &mut conflicts);
+    if conflicts.is_empty() { Ok(ordered) } else { Err(conflicts) }
+}
+
+fn resolve(
+    declaration: &Declaration,
+    lower_url: String,
+    lower: AbsolutePath,
+    remount_hook: &AbsolutePath,
+) -> Result<StoreSpec, Reason> {
+    let below_root = |tail: &'static str| declaration.root.join(tail).map_err(|error| Reason::Derived { tail, error });
+    let merged = below_root(&NIX_STORE_DIR[1..])?;
+    Ok(StoreSpec {
+        name: declaration.name.clone(),
+        lower_store: declaration.lower_store.clone(),
+        lower_url,
+        mount_unit: MountUnitName::of(&merged)?,
+        layers: Layers {
+            lower,
+            upper: declaration.upper_layer.clone(),
+            work: declaration.work_dir.clone(),
+            merged,
+            options: declaration.mount_options.clone(),
+        },
+        root: declaration.root.clone(),
+        state_dir: below_root("nix/var/nix")?,
+        remount_hook: remount_hook.clone(),
+        ownership: declaration.ownership.clone(),
+        required: declaration.required,
+        autostart: declaration.autostart,
+        ephemeral: declaration.ephemeral.clone(),
+        daemon: declaration.daemon.clone(),
+    })
+}
+
+/// How many overlays a store is high, itself included.
+fn depth(store: &Declaration, by_name: &BTreeMap<StoreName, Declaration>) -> Result<usize, Reason> {
+    let mut names = vec![store.name.clone()];
+    let mut current = store;
+    while let LowerStore::Layered(name) = &current.lower_store {
+        let Some(lower) = by_name.get(name) else {
+            // Only the store that names it is told: the ones above it are not at fault.
+            if names.len() > 1 {
+                break;
+            }
+            let nearest = nearest(name.as_str(), by_name.keys().map(StoreName::as_str));
+            return Err(Reason::NoSuchStore(name.clone(), nearest.map(str::to_owned)));
+        };
+        let is_loop = names.contains(name);
+        names.push(name.clone());
+        if is_loop {
+            return Err(Reason::Loop(names));
+        }
+        current = lower;
+    }
+    if names.len() > MAX_DEPTH {
+        return Err(Reason::TooDeep(names));
+    }
+    if let Some(lower) = names.get(1).and_then(|name| by_name.get(name))
+        && owner(lower) != owner(store)
+    {
+        return Err(Reason::OtherOwner(lower.name.clone(), owner(lower).to_owned(), owner(store).to_owned()));
+    }
+    Ok(names.len())
+}
+
+fn owner(store: &Declaration) -> &str {
+    store.ownership.owner.as_deref().filter(|owner| *owner != "0").unwrap_or("root")
+}
+
+/// The candidate that `text` is most likely meant to be: the one it is the beginning of, or a misspelling.
+pub fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
+    // The NixOS module has the same rule (module/problems.nix), and says the same.
+    let begins = |candidate: &&str| candidate.strip_prefix(text).is_some_and(|rest| rest.starts_with('-'));
+    if let Some(begun) = candidates.clone().find(begins) {
+        return Some(begun);
+    }
+    // Of two letters, one may be wrong.
+    let most = (text.chars().count() / 2).min(2);
+    candidates
+        .map(|candidate| (strsim::levenshtein(text, candidate), candidate))
+        .filter(|(distance, _)| *distance <= most)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Finds directories that are used twice or lie inside one another.
+fn overlaps(by_name: &BTreeMap<StoreName, Declaration>, specs: &[StoreSpec], conflicts: &mut Vec<Conflict>) {
+    // Sorted by component, everything inside a directory follows it directly, so that one pass with the chain of
+    // enclosing directories finds every pair.
+    let mut directories: Vec<(&AbsolutePath, &StoreName, &'static str)> = by_name
+        .values()
+        .flat_map(|d| match &d.ephemeral {
+            // All of its directories are on one filesystem, which has to be all its own.
+            Some(ephemeral) => vec![(&ephemeral.directory, &d.name, "ephemeral-size")],
+            None => vec![
+                (&d.root, &d.name, "root"),
+                (&d.upper_layer, &d.name, "upper-layer"),
+                (&d.work_dir, &d.name, "work-dir"),
+            ],
+        })
+        .collect();
+    let noun = |key| if key == "ephemeral-size" { "filesystem" } else { key };
+    directories.sort_by_key(|(path, name, key)| (path.as_path(), *name, *key));
+    let mut enclosing: Vec<(&AbsolutePath, &StoreName, &'static str)> = Vec::new();
+    for &(path, store, key) in &directories {
+        while enclosing.last().is_some_and(|(outer, ..)| !path.is_within(outer)) {
+            enclosing.pop();
+        }
+        if let Some(&(outer, owner, outer_key)) = enclosing.last() {
+            conflicts.push(Conflict {
+                store: store.clone(),
+                key,
+                value: path.to_string(),
+                reason: Reason::Overlap {
+                    owner: (owner != store).then(|| owner.clone()),
+                    key: noun(outer_key),
+                    value: outer.clone(),
+                    nested: path != outer,
+                },
+            });
+        }
+        enclosing.push((path, store, key));
+    }
+
+    // Several stores may share one lower store; the first of them is named.
+    let on_plain_lower = || specs.iter().filter(|spec| spec.lower_name().is_none());
+    let merged: BTreeMap<_, _> = specs.iter().map(|spec| (&spec.layers.merged, &spec.name)).collect();
+    let written: BTreeMap<_, _> = directories.iter().map(|entry| (entry.0.as_path(), entry)).collect();
+    let lowers: BTreeMap<_, _> = on_plain_lower().rev().map(|s| (s.layers.lower.as_path(), s)).collect();
+    for spec in on_plain_lower() {
+        let lower = &spec.layers.lower;
+        let reason = match merged.get(lower) {
+            Some(&name) if name != &spec.name => Some(Reason::WriteLayered(name.clone())),
+            _ => lower.as_path().ancestors().find_map(|dir| written.get(dir)).map(|&&(value, owner, key)| {
+                Reason::LowerInside {
+                    dir: lower.clone(),
+                    owner: (owner != &spec.name).then(|| owner.clone()),
+                    key: noun(key),
+                    value: value.clone(),
+                }
+            }),
+        };
+        if let Some(reason) = reason {
+            conflicts.push(Conflict {
+                store: spec.name.clone(),
+                key: "lower-store",
+                value: spec.lower_store.to_string(),
+                reason,
+            });
+        }
+    }
+    // The other way round: a directory that is written, inside a lower store's directory.
+    for (path, store, key) in directories {
+        if let Some(on_it) = path.as_path().ancestors().find_map(|dir| lowers.get(dir)) {
+            conflicts.push(Conflict {
+                store: store.clone(),
+                key,
+                value: path.to_string(),
+                reason: Reason::Overlap {
+                    owner: (on_it.name != *store).then(|| on_it.name.clone()),
+                    key: "lower store's directory",
+                    value: on_it.layers.lower.clone(),
+                    nested: *path != on_it.layers.lower,
+                },
+            });
+        }
+    }
+}
+
+/// Finds Nix daemons that would listen on the same socket.
+fn shared_sockets(by_name: &BTreeMap<StoreName, Declaration>, conflicts: &mut Vec<Conflict>) {
+    let mut owners: BTreeMap<&AbsolutePath, &StoreName> = BTreeMap::new();
+    for store in by_name.values() {
+        let Some(daemon) = &store.daemon else { continue };
+        match owners.get(&daemon.socket_path) {
+            Some(&owner) => conflicts.push(Conflict {
+                store: store.name.clone(),
+                key: "daemon.socket-path",
+                value: daemon.socket_path.to_string(),
+                reason: Reason::SharedSocket(owner.clone()),
+            }),
+            None => drop(owners.insert(&daemon.socket_path, &store.name)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn declare(name: &str, lower: &str) -> Declaration {
+        let path = |tail: &str| format!("/s/{name}/{tail}").parse().expect("valid");
+        Declaration {
+            name: name.parse().expect("valid"),
+            lower_store: lower.parse().expect("valid"),
+            root: path("root"),
+            upper_layer: path("upper"),
+            work_dir: path("work"),
+            ownership: Ownership::default(),
+            required: true,
+            autostart: true,
+            mount_options: Vec::new(),
+            ephemeral: None,
+            daemon: None,
+        }
+    }
+
+    fn hook() -> AbsolutePath {
+        "/usr/bin/layered-stores-remount".parse().expect("valid")
+    }
+
+    fn stacked(declarations: Vec<Declaration>) -> Result<Vec<StoreSpec>, Vec<String>> {
+        stack(declarations, &hook())
+            .map_err(|conflicts| conflicts.iter().map(|c| format!("{} {}: {c}", c.store, c.key)).collect())
+    }
+
+    #[test]
+    fn a_store_comes_after_the_one_it_lies_on() {
+        let specs = stacked(vec![declare("a", "layered:z"), declare("z", "/lower")]).expect("a stack");
+        assert_eq!(specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["z", "a"]);
+        assert_eq!(specs[1].layers.lower, specs[0].layers.merged);
+    }
+
+    #[test]
+    fn the_uri_of_a_store_on_a_store_is_encoded_once_a_level() {
+        let specs =
+            stacked(vec![declare("top", "layered:base"), declare("base", "/l?read-only=true")]).expect("a stack");
+        assert_eq!(
+            specs[0].uri(),
+            "local-overlay://?root=/s/base/root&lower-store=/l%3Fread-only%3Dtrue&upper-layer=/s/base/upper\
+             &remount-hook=/usr/bin/layered-stores-remount"
+        );
+        assert_eq!(
+            specs[1].uri(),
+            "local-overlay://?root=/s/top/root&lower-store=local-overlay%3A//%3Froot%3D/s/base/root\
+             %26lower-store%3D/l%253Fread-only%253Dtrue%26upper-layer%3D/s/base/upper\
+             %26remount-hook%3D/usr/bin/layered-stores-remount\
+             &upper-layer=/s/top/upper&remount-hook=/usr/bin/layered-stores-remount"
+        );
+    }
+
+    #[test]
+    fn a_store_on_somebody_elses_store_is_refused() {
+        let of = |name, lower, owner: Option<&str>| Declaration {
+            ownership: Ownership { owner: owner.map(str::to_owned), ..Ownership::default() },
+            ..declare(name, lower)
+        };
+        for (below, above, who) in [
+            (Some("alice"), None, "alice and this one to root"),
+            (None, Some("alice"), "root and this one to alice"),
+            (Some("alice"), Some("bob"), "alice and this one to bob"),
+        ] {
+            let said = stacked(vec![of("base", "/l", below), of("top", "layered:base", above)]);
+            let expected = format!(
+                "top lower-store: the store \"base\" belongs to {who}, and Nix opens both as one user; give both the same owner"
+            );
+            assert_eq!(said, Err(vec![expected]));
+        }
+        for (below, above) in [(Some("alice"), Some("alice")), (Some("root"), None), (None, Some("0"))] {
+            assert!(stacked(vec![of("base", "/l", below), of("top", "layered:base", above)]).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_stack_the_kernel_would_not_take_is_refused() {
+        for (declarations, expected) in [
+            (
+                vec![declare("a", "/l"), declare("b", "layered:a"), declare("c", "layered:b")],
+                "c lower-store: the kernel stacks at most 2 overlays and this would be number 3 (c on b on a); \
+                 use the lower store of b instead",
+            ),
+            (
+                vec![declare("a", "layered:a")],
+                "a lower-store: the store lies on itself (a on a); let one of them have a lower store of its own",
+            ),
+            (
+                vec![declare("base", "/l"), declare("b", "layered:bsae")],
+                "b lower-store: no store \"bsae\" is declared here; did you mean \"base\"?",
+            ),
+        ] {
+            assert_eq!(stacked(declarations), Err(vec![expected.to_owned()]));
+        }
+    }
+
+    #[test]
+    fn no_directory_serves_twice() {
+        let with = |change: fn(&mut Declaration)| {
+            let mut b = declare("b", "/l");
+            change(&mut b);
+            stacked(vec![declare("a", "/l"), b]).expect_err("a conflict").join("; ")
+        };
+        for (problem, expected) in [
+            (
+                with(|b| b.upper_layer = "/s/a/upper".parse().expect("valid")),
+                "b upper-layer: it is also the upper-layer of store \"a\" (/s/a/upper); give each a directory of its own",
+            ),
+            (
+                with(|b| b.upper_layer = "/s/a/work/x".parse().expect("valid")),
+                "b upper-layer: it lies inside the work-dir of store \"a\" (/s/a/work); give each a directory of its own",
+            ),
+            (
+                with(|b| b.work_dir = "/s/b/upper/work".parse().expect("valid")),
+                "b work-dir: it lies inside the upper-layer of the same store (/s/b/upper); \
+                 give each a directory of its own",
+            ),
+            (
+                with(|b| b.lower_store = "/s/a/root".parse().expect("valid")),
+                "b lower-store: this is the store \"a\" of this configuration; write \"layered:a\"",
+            ),
+            (
+                with(|b| b.lower_store = "/s/b/upper/x".parse().expect("valid")),
+                "b lower-store: the lower store's directory /s/b/upper/x/nix/store lies inside the upper-layer of \
+                 the same store (/s/b/upper); a lower store has to lie apart",
+            ),
+            (
+                with(|b| b.upper_layer = "/l/nix/store/up".parse().expect("valid")),
+                "b upper-layer: it lies inside the lower store's directory of store \"a\" (/l/nix/store); \
+                 give each a directory of its own",
+            ),
+        ] {
+            assert_eq!(problem, expected);
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_with_the_store_below_it_is_refused() {
+        let mut a = declare("a", "/l");
+        a.root = format!("/{}", "r".repeat(250)).parse().expect("valid");
+        let conflicts = stacked(vec![a]).expect_err("too long");
+        assert!(
+            conflicts[0].starts_with("a root: with nix/store below it: the path is 261 bytes long"),
+            "{conflicts:?}"
+        );
+    }
+
+    proptest! {
+        /// Whatever is declared: each store is resolved once, after the one it lies on, or there is a conflict.
+        #[test]
+        fn stacks_are_ordered_and_bounded(lowers in prop::collection::vec(0usize..9, 0..8)) {
+            let declarations: Vec<_> = lowers
+                .iter()
+                .enumerate()
+                .map(|(i, lower)| {
+                    let lower = if *lower == 8 { "/l".to_owned() } else { format!("layered:s{lower}") };
+                    declare(&format!("s{i}"), &lower)
+                })
+                .collect();
+            if let Ok(specs) = stack(declarations.clone(), &hook()) {
+                prop_assert_eq!(specs.len(), declarations.len());
+                for (i, spec) in specs.iter().enumerate() {
+                    if let Some(lower) = spec.lower_name() {
+                        let below = specs[..i].iter().find(|s| &s.name == lower);
+                        prop_assert!(below.is_some_and(|s| s.lower_name().is_none()));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Whether a store still belongs to whom the configuration gives it.
+//!
+//! Nix that is run by root on a store directly, with build users on the machine, takes the store directory over
+//! (`LocalStore::LocalStore`): the owner cannot write to the store any more. And what root's Nix daemon works in has to be
+//! root's, because it follows links there.
+
+use layered_stores_model::{AbsolutePath, StoreSpec};
+use nix::unistd::{Uid, User};
+use rustix::io::Errno;
+
+use super::layers::{LayersError, declared_owner};
+
+/// A store does not belong to whom it should.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnerError {
+    /// There is no such user.
+    #[error(transparent)]
+    Account(#[from] LayersError),
+    /// One of its directories cannot be looked at.
+    #[error("cannot look at {path}: {errno}")]
+    Look {
+        /// The directory.
+        path: AbsolutePath,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// One of its directories is somebody else's.
+    #[error(
+        "{path} belongs to {found}, and the store to {wanted}, as after {found} has run Nix on it directly; give it back with \
+         `layered-stores stop {name}`, `chown -hR {wanted}: {upper} {root}/nix/var/nix {root}/nix/var/log/nix` and \
+         `layered-stores start {name}`, or change `owner`",
+        name = spec.name,
+        upper = spec.layers.upper,
+        root = spec.root
+    )]
+    Other {
+        /// The directory.
+        path: AbsolutePath,
+        /// Its owner.
+        found: String,
+        /// Whom the configuration names.
+        wanted: String,
+        /// The store.
+        spec: Box<StoreSpec>,
+    },
+}
+
+/// The user whom a store belongs to, by the configuration and by its directories.
+///
+/// # Errors
+/// [`OwnerError`] when the two do not agree, or cannot be told.
+pub fn owner(spec: &StoreSpec) -> Result<u32, OwnerError> {
+    let wanted = declared_owner(&spec.ownership)?;
+    for path in [&spec.layers.upper, &spec.state_dir] {
+        let look = |errno| OwnerError::Look { path: path.clone(), errno };
+        let found = rustix::fs::lstat(path.as_path()).map_err(look)?.st_uid;
+        if found != wanted {
+            let (found, wanted) = (user_name(found), user_name(wanted));
+            return Err(OwnerError::Other { path: path.clone(), found, wanted, spec: Box::new(spec.clone()) });
+        }
+    }
+    Ok(wanted)
+}
+
+/// The name of a user, or the number where there is none.
+pub fn user_name(uid: u32) -> String {
+    User::from_uid(Uid::from_raw(uid)).ok().flatten().map_or_else(|| uid.to_string(), |user| user.name)
+}

@@ -1,0 +1,529 @@
+//! Taking away what is in a store.
+//!
+//! It can end anywhere: the daemon is killed, the power goes. What is left must never come up as a store whose database says
+//! that paths are there which are not, nor with half of a path in the upper layer over the same path of the lower store. So:
+//!
+//! * A store that has a directory of its own below the state directory, because it is ephemeral or not declared any more, loses
+//!   it by one rename, to a name that no store can have. A filesystem in memory goes by one unmount before that.
+//! * A declared store keeps its upper layer and work dir, whose owner and mode somebody may have chosen. Before anything is
+//!   taken out of them there is a mark beside the upper layer, with which the store does not come up. Then goes the state dir
+//!   with the database, by one rename, then the rest, and last the mark.
+//!
+//! In both cases the next run finds what the one before has left, and finishes it.
+//!
+//! An owner changes things meanwhile, if they like. Nothing is named by more than one component, below a directory that is
+//! open; no link is followed and no mount is crossed. What they move in here is taken away with the rest.
+
+use std::{
+    ffi::{CStr, CString},
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use layered_stores_model::{AbsolutePath, StoreName, StoreSpec, printable};
+use rustix::{
+    fs::{AtFlags, Dir, Mode, OFlags, RenameFlags, ResolveFlags, StatxFlags},
+    io::Errno,
+    time::{ClockId, Timespec},
+};
+
+use super::{
+    ephemeral,
+    holders::holders,
+    identity::{self, Id, Marks},
+    layers::{self, LayersError},
+    lock::UpperLock,
+    mark,
+    mountinfo::MountTable,
+    place::Place,
+    progress::{self, Spot},
+    walk::{Walk, readable},
+};
+
+const KEY: &str = "data";
+
+/// How deep directories are followed with two open files for each; what is deeper is brought up first. A tree that a user has
+/// made may be deeper than there are file descriptors.
+const DEPTH: usize = 32;
+
+/// How often a directory that should be empty is read again, and how much is removed in all that was made while this was under
+/// way. Whoever goes on making files would go on for ever: in one directory, or in ever new ones.
+const PASSES: u32 = 32;
+const LATE: u64 = 10_000;
+
+/// What is left of a store that is not declared any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOver {
+    /// The name it had.
+    pub name: StoreName,
+    /// Where it is.
+    pub directory: AbsolutePath,
+    /// Whether it takes memory: it was ephemeral.
+    pub in_memory: bool,
+}
+
+/// Why not all was taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// A directory could not be walked to, or is locked.
+    #[error(transparent)]
+    Layers(#[from] LayersError),
+    /// There is nothing.
+    #[error("{0} is not there")]
+    Nothing(AbsolutePath),
+    /// Something is mounted there.
+    #[error("{what} is mounted at {at}, and nothing that is mounted is looked into; unmount it with `umount {at}`")]
+    Mounted {
+        /// What it is.
+        what: String,
+        /// Where.
+        at: String,
+    },
+    /// A mounted overlay has a directory of it as a layer.
+    #[error("the overlay that is mounted at {0} uses it; unmount that with `umount {0}`")]
+    Layer(String),
+    /// The filesystem in memory is in use.
+    #[error("{directory} is used by {}; end that first", .holders.join(", "))]
+    InUse {
+        /// Where it is mounted.
+        directory: AbsolutePath,
+        /// Some of those who use it.
+        holders: Vec<String>,
+    },
+    /// Somebody makes files faster than they are removed.
+    #[error("{0} does not get empty: somebody goes on making files in it; end their processes")]
+    NotEmpty(String),
+    /// The kernel lets nobody remove it, root included.
+    #[error(
+        "{0} cannot be removed: it, or the directory it is in, is immutable or append-only (lsattr(1)), which is root's doing; \
+         take that from it with `chattr -ia`"
+    )]
+    Immutable(String),
+    /// A directory was never a store's.
+    #[error(
+        "{0} has never been the upper layer of this store, or of another one, and is not empty; if nothing in it is needed, \
+         take that away by hand"
+    )]
+    Strange(AbsolutePath),
+    /// The records cannot be changed.
+    #[error("cannot forget by what its directories are known again: {0}")]
+    Forget(io::Error),
+    /// The mount table could not be read.
+    #[error("cannot read the mount table: {0}")]
+    MountTable(io::Error),
+    /// A system call failed.
+    #[error("{doing} {at}: {errno}")]
+    Sys {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        at: String,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+}
+
+/// What is below the directory `stores` that holds a directory for each store. Whether a store is declared is for the caller
+/// to know; what an earlier removal has not come to is left of any store.
+///
+/// # Errors
+/// [`RemoveError`].
+pub fn list(stores: &AbsolutePath) -> Result<Vec<LeftOver>, RemoveError> {
+    let sys = sys("list", stores.as_str());
+    let entries = match Walk::new(KEY).to(stores) {
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => return Ok(Vec::new()),
+        dir => readable(dir?.as_fd()).and_then(Dir::read_from).map_err(&sys)?,
+    };
+    let table = MountTable::read(|point| Path::new(point).parent() == Some(stores.as_path()));
+    let table = table.map_err(RemoveError::MountTable)?;
+    let mut all = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(&sys)?;
+        let Ok(text) = entry.file_name().to_str() else { continue };
+        let half_removed = text.strip_prefix('.').and_then(|rest| rest.strip_suffix(".removing"));
+        let (Ok(name), Ok(directory)) = (half_removed.unwrap_or(text).parse(), stores.join(text)) else { continue };
+        all.push(LeftOver { name, in_memory: ephemeral::is_ours(&table, &directory), directory });
+    }
+    all.sort_by(|a, b| a.directory.as_str().cmp(b.directory.as_str()));
+    Ok(all)
+}
+
+/// Whether a directory is what a removal has not come to.
+pub fn is_half_removed(left: &LeftOver) -> bool {
+    left.directory.as_path().file_name().is_some_and(|name| name != left.name.as_str())
+}
+
+/// Removes the directory that a store had for itself below the state directory.
+///
+/// # Errors
+/// [`RemoveError`]; [`RemoveError::Nothing`] when there was none.
+pub fn directory(directory: &AbsolutePath) -> Result<(), RemoveError> {
+    progress::at(Spot::Root);
+    let nothing = || RemoveError::Nothing(directory.clone());
+    let (parent, name) = match Walk::new(KEY).to_parent(directory) {
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => return Err(nothing()),
+        parent => parent?,
+    };
+    while is_in_memory(directory)? {
+        refuse_mounts(&[directory], Some(directory))?;
+        unmount(directory)?;
+    }
+    refuse_mounts(&[directory], None)?;
+    let removing = half_removed(name);
+    let was_there = remove_tree(parent.as_fd(), &removing, directory.as_str())?;
+    match Walk::new(KEY).step(&parent, name, directory.as_str()) {
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) if was_there => return Ok(()),
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => return Err(nothing()),
+        opened => drop(opened?),
+    }
+    let part = |tail| directory.join(tail).map_err(|_| sys("name what is in", directory.as_str())(Errno::NAMETOOLONG));
+    let _lock = lock(&part("upper")?)?;
+    layers::release_mount_point(&part("root/nix/store")?)?;
+    set_aside(parent.as_fd(), name, &removing, directory.as_str())?;
+    remove_tree(parent.as_fd(), &removing, directory.as_str())?;
+    Ok(())
+}
+
+/// Removes what an earlier removal has not come to, of the directory that a store had for itself below the state directory. The
+/// store may have been declared again since.
+///
+/// # Errors
+/// [`RemoveError`].
+pub fn rest(directory: &AbsolutePath) -> Result<(), RemoveError> {
+    progress::at(Spot::Root);
+    match existing(Walk::new(KEY).to_parent(directory))? {
+        Some((parent, name)) => remove_tree(parent.as_fd(), &half_removed(name), directory.as_str()).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// The name that a store's directory has while it is being removed.
+fn half_removed(name: &str) -> String {
+    format!(".{name}.removing")
+}
+
+/// Removes all that is in a store that is not mounted. By the `records` its directories are known again; `was_up` tells whether
+/// it was up with these, and `other` whose mark it is that the records do not know. The store begins anew: `forget` forgets them.
+///
+/// # Errors
+/// [`RemoveError`]; what was begun is finished by calling this again.
+pub fn contents(
+    spec: &StoreSpec,
+    records: &[Marks],
+    was_up: bool,
+    other: impl Fn(&Id) -> Option<StoreName>,
+    forget: impl Fn() -> io::Result<()>,
+) -> Result<(), RemoveError> {
+    if let Some(wanted) = &spec.ephemeral {
+        forget().map_err(RemoveError::Forget)?;
+        return match directory(&wanted.directory) {
+            Err(RemoveError::Nothing(_)) => Ok(()),
+            result => result,
+        };
+    }
+    let (upper, work) = (&spec.layers.upper, &spec.layers.work);
+    let var = spec.root.join("nix/var").map_err(|_| sys("name what is in", spec.root.as_str())(Errno::NAMETOOLONG))?;
+    if let Some(directory) = ephemeral::left_over(upper)? {
+        refuse_mounts(&[&directory], Some(&directory))?;
+        unmount(&directory)?;
+    }
+    refuse_mounts(&[upper, work, &var, &spec.layers.merged], None)?;
+    let lock = lock(upper)?;
+    let (known_upper, known_state) = identity::expected(spec, records);
+    for (key, dir, known) in [("upper-layer", upper, known_upper), ("root", &spec.state_dir, known_state)] {
+        let Some(fd) = existing(Walk::new(key).to(dir))? else { continue };
+        let id = Id::of(&fd).map_err(sys("read the mark of", dir.as_str()))?;
+        let is_known = known.is_known() && known.check(fd.as_fd()).is_ok();
+        if let Some(other) = id.as_ref().filter(|_| !is_known).and_then(&other) {
+            return Err(LayersError::OfOther { key, path: dir.clone(), store: spec.name.to_string(), other }.into());
+        }
+        let is_strange = key == "upper-layer" && id.is_none() && !known.is_known() && !was_up;
+        if is_strange && !identity::is_empty(fd.as_fd()).map_err(sys("list", dir.as_str()))? {
+            return Err(RemoveError::Strange(dir.clone()));
+        }
+    }
+    if lock.is_some() {
+        mark::mark(upper)?;
+    }
+    // Before the first of them is gone, or the store would wait for it; with the mark in place, which keeps it down meanwhile.
+    forget().map_err(RemoveError::Forget)?;
+    progress::at(Spot::Root);
+    if let Some((parent, name)) = existing(Walk::new("root").to_parent(&var))? {
+        remove_tree(parent.as_fd(), ".var.removing", var.as_str())?;
+        set_aside(parent.as_fd(), name, ".var.removing", var.as_str())?;
+        remove_tree(parent.as_fd(), ".var.removing", var.as_str())?;
+    }
+    for (spot, key, dir) in [(Spot::Upper, "upper-layer", upper), (Spot::Work, "work-dir", work)] {
+        progress::at(spot);
+        if let Some(fd) = existing(Walk::new(key).to(dir))? {
+            let fd = readable(fd.as_fd()).map_err(sys("open", dir.as_str()))?;
+            identity::unmark(&fd).map_err(sys("take the mark from", dir.as_str()))?;
+            empty(&fd, dir.as_str())?;
+            sync(fd.as_fd(), dir.as_str())?;
+        }
+    }
+    if lock.is_some() {
+        mark::unmark(upper)?;
+    }
+    Ok(())
+}
+
+fn sys(doing: &'static str, at: &str) -> impl Fn(Errno) -> RemoveError {
+    move |errno| RemoveError::Sys { doing, at: at.to_owned(), errno }
+}
+
+fn existing<T>(found: Result<T, LayersError>) -> Result<Option<T>, LayersError> {
+    match found {
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// The lock of an upper layer, if there is a place for one.
+fn lock(upper: &AbsolutePath) -> Result<Option<UpperLock>, LayersError> {
+    existing(UpperLock::take(upper))
+}
+
+fn is_in_memory(directory: &AbsolutePath) -> Result<bool, RemoveError> {
+    let table = MountTable::read(|point| point == directory.as_str()).map_err(RemoveError::MountTable)?;
+    Ok(ephemeral::is_ours(&table, directory))
+}
+
+/// Unmounts a filesystem in memory, which is all that keeps what is in it.
+fn unmount(directory: &AbsolutePath) -> Result<(), RemoveError> {
+    let place = Place::of(directory)?;
+    match place.top().and_then(|id| place.unmount(id)) {
+        Err(Errno::BUSY) => {
+            let mut holders = holders(directory);
+            if holders.is_empty() {
+                holders.push("somebody".to_owned());
+            }
+            Err(RemoveError::InUse { directory: directory.clone(), holders })
+        }
+        result => result.map_err(sys("unmount", directory.as_str())),
+    }
+}
+
+/// Refuses directories in which something is mounted, or that a mounted overlay has as a layer. `but` is left out.
+fn refuse_mounts(directories: &[&AbsolutePath], but: Option<&AbsolutePath>) -> Result<(), RemoveError> {
+    let is_within = |path: &str| directories.iter().any(|dir| Path::new(path).starts_with(dir.as_path()));
+    let table = MountTable::read(|_| true).map_err(RemoveError::MountTable)?;
+    for (point, mount) in table.mounts() {
+        if is_within(point) && but.is_none_or(|but| but.as_str() != point) {
+            return Err(RemoveError::Mounted { what: printable(&mount.describe()), at: printable(point) });
+        }
+        let live = &mount.live;
+        if mount.fs_type == "overlay" && [&live.upper, &live.lower].iter().any(|layer| layer.split(':').any(is_within))
+        {
+            return Err(RemoveError::Layer(printable(point)));
+        }
+    }
+    Ok(())
+}
+
+/// Gives a directory that only root can rename another name, on disk when this returns. One that is not there is none.
+fn set_aside(parent: BorrowedFd<'_>, name: &str, aside: &str, at: &str) -> Result<(), RemoveError> {
+    match rustix::fs::renameat_with(parent, name, parent, aside, RenameFlags::NOREPLACE) {
+        Ok(()) => sync(parent, at),
+        Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(sys("rename", at)(errno)),
+    }
+}
+
+fn sync(dir: BorrowedFd<'_>, at: &str) -> Result<(), RemoveError> {
+    match readable(dir).and_then(rustix::fs::fsync) {
+        // Some filesystems know no such thing for directories.
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
+        Err(errno) => Err(sys("write to disk", at)(errno)),
+    }
+}
+
+/// Removes a directory with all that is in it. Whether there was one.
+fn remove_tree(parent: BorrowedFd<'_>, name: &str, at: &str) -> Result<bool, RemoveError> {
+    let name = CString::new(name).map_err(|_| sys("name", at)(Errno::INVAL))?;
+    let Some(dir) = open(parent, &name, at)? else { return Ok(false) };
+    empty(&dir, at)?;
+    rustix::fs::unlinkat(parent, &name, AtFlags::REMOVEDIR).map_err(sys("remove", at))?;
+    Ok(true)
+}
+
+/// Opens a directory in another one. `None`: it is not there, or is no directory.
+fn open(parent: BorrowedFd<'_>, name: &CStr, at: &str) -> Result<Option<OwnedFd>, RemoveError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
+    match rustix::fs::openat2(parent, name, flags, Mode::empty(), resolve) {
+        Ok(dir) => Ok(Some(dir)),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+        // Somebody renames something somewhere (openat2(2)); it is there the next time.
+        Err(Errno::AGAIN) => Ok(None),
+        Err(Errno::XDEV) => Err(mounted(name, at)),
+        Err(errno) => Err(sys("open a directory in", at)(errno)),
+    }
+}
+
+fn mounted(name: &CStr, at: &str) -> RemoveError {
+    RemoveError::Mounted { what: "something".to_owned(), at: below(name, at) }
+}
+
+/// The kernel's answer to an attempt to remove something.
+fn refused(errno: Errno, name: &CStr, at: &str) -> RemoveError {
+    match errno {
+        Errno::BUSY => mounted(name, at),
+        // Root is refused this for nothing else (`may_delete` in the kernel's fs/namei.c).
+        Errno::PERM => RemoveError::Immutable(below(name, at)),
+        errno => RemoveError::Sys { doing: "remove", at: below(name, at), errno },
+    }
+}
+
+/// Something that lies anywhere in a directory, for people.
+fn below(name: &CStr, at: &str) -> String {
+    format!("{at}/…/{}", printable(&name.to_string_lossy()))
+}
+
+/// A directory that is being emptied.
+struct Level {
+    fd: OwnedFd,
+    entries: Dir,
+    /// Its name in the one above.
+    name: CString,
+    passes: u32,
+    /// Whether there was anything in it in this pass.
+    was_filled: bool,
+}
+
+impl Level {
+    fn new(fd: OwnedFd, name: &CStr) -> Result<Self, Errno> {
+        Ok(Self { entries: Dir::read_from(&fd)?, fd, name: name.to_owned(), passes: 0, was_filled: false })
+    }
+
+    /// Begins to read it again. Whether it has not been read too often.
+    fn again(&mut self) -> bool {
+        self.entries.rewind();
+        self.passes += 1;
+        self.was_filled = false;
+        self.passes <= PASSES
+    }
+}
+
+/// Empties a directory.
+fn empty(top: &OwnedFd, at: &str) -> Result<(), RemoveError> {
+    let fail = sys("remove what is in", at);
+    let not_empty = || RemoveError::NotEmpty(at.to_owned());
+    let again = |level: &mut Level| if level.again() { Ok(()) } else { Err(not_empty()) };
+    let root = readable(top.as_fd()).and_then(|fd| Level::new(fd, c".")).map_err(&fail)?;
+    let mut levels = vec![root];
+    let began = rustix::time::clock_gettime(ClockId::RealtimeCoarse);
+    let mut late: u64 = 0;
+    let mut brought_up: u64 = 0;
+    while let Some(level) = levels.pop() {
+        progress::goes_on();
+        let mut level = level;
+        let Some(entry) = level.entries.next() else {
+            match levels.last() {
+                None if level.was_filled => {
+                    again(&mut level)?;
+                    levels.push(level);
+                }
+                None => {}
+                Some(above) => match rustix::fs::unlinkat(&above.fd, &level.name, AtFlags::REMOVEDIR) {
+                    // Another thing of that name is seen to when the directory above is read again.
+                    Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+                    Err(Errno::NOTEMPTY | Errno::EXIST) => {
+                        again(&mut level)?;
+                        levels.push(level);
+                    }
+                    Err(errno) => return Err(refused(errno, &level.name, at)),
+                },
+            }
+            continue;
+        };
+        let entry = entry.map_err(&fail)?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            levels.push(level);
+            continue;
+        }
+        level.was_filled = true;
+        // What was not there when the directory was read first has come since.
+        late += u64::from(level.passes > 0);
+        if late > LATE + brought_up {
+            return Err(not_empty());
+        }
+        let is_gone = remove(level.fd.as_fd(), name, at)?;
+        if !is_gone && levels.len() + 1 >= DEPTH {
+            let higher = format!(".removing-{brought_up}");
+            brought_up += 1;
+            match rustix::fs::renameat_with(&level.fd, name, top, &higher, RenameFlags::NOREPLACE) {
+                // There is one more to see to, which nobody makes by going on to make files.
+                Ok(()) => levels.iter_mut().take(1).for_each(|top| top.passes = 0),
+                Err(Errno::NOENT | Errno::EXIST) => {}
+                Err(errno) => return Err(refused(errno, name, at)),
+            }
+        } else if !is_gone && let Some(dir) = open(level.fd.as_fd(), name, at)? {
+            late += u64::from(was_made_since(&dir, began));
+            let below = Level::new(dir, name).map_err(&fail)?;
+            levels.extend([level, below]);
+            continue;
+        }
+        levels.push(level);
+    }
+    Ok(())
+}
+
+/// Whether a directory was made since a time. Not all filesystems can tell, and a clock that was put back says nothing.
+fn was_made_since(dir: &OwnedFd, time: Timespec) -> bool {
+    let stat = rustix::fs::statx(dir, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME);
+    let now = rustix::time::clock_gettime(ClockId::RealtimeCoarse);
+    stat.is_ok_and(|stat| {
+        let born = (stat.stx_btime.tv_sec, i64::from(stat.stx_btime.tv_nsec));
+        let knows = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+        knows && born > (time.tv_sec, time.tv_nsec) && born <= (now.tv_sec, now.tv_nsec)
+    })
+}
+
+/// Removes a file, a link, or a directory that is empty. Whether it is gone.
+fn remove(dir: BorrowedFd<'_>, name: &CStr, at: &str) -> Result<bool, RemoveError> {
+    for flags in [AtFlags::empty(), AtFlags::REMOVEDIR] {
+        match rustix::fs::unlinkat(dir, name, flags) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(true),
+            Err(Errno::ISDIR | Errno::NOTDIR | Errno::NOTEMPTY | Errno::EXIST) => {}
+            Err(errno) => return Err(refused(errno, name, at)),
+        }
+    }
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_directory_is_emptied_whatever_is_in_it_and_nothing_else_is_touched() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (store, outside) = (dir.path().join("store"), dir.path().join("outside"));
+        for made in [&store, &outside] {
+            fs::create_dir(made).expect("made");
+        }
+        fs::write(outside.join("precious"), "precious").expect("written");
+        symlink(&outside, store.join("link")).expect("linked");
+        symlink(outside.join("precious"), store.join("file")).expect("linked");
+        fs::hard_link(outside.join("precious"), store.join("hard")).expect("linked");
+        for number in 0..3000 {
+            fs::write(store.join(number.to_string()), "").expect("written");
+        }
+        // Deeper than paths can be long, and than a process has descriptors.
+        let mut at = fs::File::open(&store).map(OwnedFd::from).expect("opened");
+        for _ in 0..5000 {
+            rustix::fs::mkdirat(&at, "deep", Mode::RWXU).expect("made");
+            at = rustix::fs::openat(&at, "deep", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).expect("opened");
+            rustix::fs::symlinkat(outside.as_path(), &at, "link").expect("linked");
+        }
+        let top = fs::File::open(&store).map(OwnedFd::from).expect("opened");
+        empty(&top, "store").expect("emptied");
+        assert_eq!(fs::read_dir(&store).expect("listed").count(), 0);
+        assert_eq!(fs::read_to_string(outside.join("precious")).expect("there"), "precious");
+    }
+}

@@ -1,0 +1,143 @@
+//! Removing what is in stores that are down, and what is left of those that are declared no more.
+
+use layered_stores_model::{AbsolutePath, PathError, StoreName};
+use layered_stores_overlay::{
+    mountinfo::MountState,
+    remove::{self, RemoveError},
+};
+
+use super::{Engine, outcome::Done};
+use crate::supervisor::{
+    Error,
+    entry::{Entry, Op, Reply, answer},
+    operation::{self, OperationError},
+    plan::{Phase, Want},
+};
+
+/// A directory that is being removed. No store that has to do with it is started meanwhile.
+#[derive(Debug)]
+pub(super) struct Removing {
+    pub(super) directory: AbsolutePath,
+    pub(super) waiting: Vec<Reply>,
+}
+
+impl Engine {
+    pub(super) fn remove_data(&mut self, name: StoreName, reply: Reply) {
+        // What is mounted is looked at now: the news of it may be on their way.
+        self.reconcile();
+        let result = if self.entries.contains_key(&name) {
+            self.is_removable(&name)
+        } else {
+            self.remove_left_over(name, reply);
+            return;
+        };
+        if let Err(error) = result {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        // What an earlier removal has not come to goes as well: the store may not have been declared then.
+        let own = self.own_directory(&name).ok();
+        let Some(entry) = self.entries.get_mut(&name) else { return };
+        entry.removing.push(reply);
+        if entry.op == Some(Op::Remove) {
+            return;
+        }
+        let lock = entry.lock.take();
+        self.spawn(&name, Op::Remove, async move |tools, errand| {
+            Done::Removed(operation::remove(tools, errand, lock, own).await)
+        });
+        self.publish(&name);
+    }
+
+    /// Whether a store is down, and nothing else is being done about it.
+    fn is_removable(&self, name: &StoreName) -> Result<(), Error> {
+        let Some(entry) = self.entries.get(name) else { return Err(Error::NoSuchStore(name.to_string())) };
+        let refuse = |why: String| Err(Error::InUse(name.clone(), why));
+        if let Some(stuck) = &entry.stuck {
+            return Err(Error::Stuck(name.clone(), stuck.clone()));
+        }
+        if entry.op == Some(Op::Remove) {
+            return Ok(());
+        }
+        let above = self.on_top_of(name);
+        if !above.is_empty() {
+            return Err(Error::LowerOf(name.clone(), above.iter().map(ToString::to_string).collect()));
+        }
+        if !entry.declared {
+            return refuse("it is declared no more, and not taken down yet; see `layered-stores status`".to_owned());
+        }
+        let failed = matches!(entry.phase, Phase::Failed { .. });
+        let is_down = failed || (entry.phase == Phase::Inactive && entry.want != Want::Up);
+        let is_idle = entry.op.is_none() && entry.next.is_none();
+        if !is_down || !is_idle || entry.mount != MountState::Absent {
+            return refuse(format!("it is not stopped; run `layered-stores stop {name}` first"));
+        }
+        if self.is_occupied(entry) {
+            return refuse("another store that has one of its directories is on its way down; try again".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The directory that a store has for itself, if it was not given others.
+    fn own_directory(&self, name: &StoreName) -> Result<AbsolutePath, PathError> {
+        self.settings.defaults.state_dir.join(&format!("stores/{name}"))
+    }
+
+    fn remove_left_over(&mut self, name: StoreName, reply: Reply) {
+        let directory = match self.own_directory(&name) {
+            Ok(directory) => directory,
+            Err(error) => {
+                let _ = reply.send(Err(Error::RemoveFailed(name, error.to_string())));
+                return;
+            }
+        };
+        let uses = |entry: &&Entry| {
+            [Some(&entry.spec), entry.next.as_ref()].into_iter().flatten().any(|spec| spec.is_of(&name, &directory))
+        };
+        if let Some(user) = self.entries.values().find(uses) {
+            let why = format!("store {:?} has directories in {directory}", user.spec.name.as_str());
+            let _ = reply.send(Err(Error::InUse(name, why)));
+            return;
+        }
+        if let Some(removing) = self.removing.get_mut(&name) {
+            removing.waiting.push(reply);
+            return;
+        }
+        self.removing.insert(name.clone(), Removing { directory: directory.clone(), waiting: vec![reply] });
+        self.operations.spawn(async move {
+            let removed = tokio::task::spawn_blocking(move || remove::directory(&directory)).await;
+            let failed = |why: String| Error::RemoveFailed(name.clone(), why);
+            let result = match removed {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(RemoveError::Nothing(_))) => Err(Error::NothingLeft(name.clone())),
+                Ok(Err(error)) => Err(failed(error.to_string())),
+                Err(error) => Err(failed(OperationError::Panic(error.to_string()).to_string())),
+            };
+            (name, Done::LeftOverRemoved(result))
+        });
+    }
+
+    /// What is left of a store was removed, or not.
+    pub(super) fn is_left_over_removed(&mut self, name: &StoreName, result: &Result<(), Error>) {
+        if result.is_ok() {
+            tracing::info!(store = %name, "{name}: what was left of it is removed");
+        }
+        if let Some(removing) = self.removing.remove(name) {
+            answer(removing.waiting, result);
+        }
+        // It may be declared again, and wait for this.
+        self.look_soon();
+    }
+
+    /// What is in a store was removed, or not.
+    pub(super) fn is_removed(&mut self, name: &StoreName, result: Result<(), OperationError>) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        let result = result.map_err(|error| Error::RemoveFailed(name.clone(), error.to_string()));
+        if result.is_ok() {
+            tracing::info!(store = %name, "{name}: all that was in it is removed");
+            // That may have been what was wrong with it.
+            entry.try_again();
+        }
+        answer(std::mem::take(&mut entry.removing), &result);
+    }
+}

@@ -1,0 +1,321 @@
+//! The threads on which work touches the filesystems of stores, in PID 1's mount namespace.
+//!
+//! A system call on a filesystem that does not answer lasts until it does, and nothing cuts it off: whoever has asked a FUSE
+//! server that has read the question waits even with SIGKILL (`request_wait_answer` in the kernel's fs/fuse/dev.c). So what
+//! counts is that nobody else waits with it:
+//!
+//! * Nothing here is called on the loop, and no lock is held meanwhile.
+//! * Work that gets no further for [`STALL`] gives its place to others.
+//! * Of stores that lie on the same filesystems, only so many stall at a time; the others wait for one of them to come back.
+//! * Work says what it touches ([`progress`](layered_stores_overlay::progress)), and the engine tells people when that does not
+//!   answer for [`DEADLINE`]. When the work comes back, however late, its result counts as if it had been quick.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{self, Read as _, Seek as _},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use layered_stores_model::StoreSpec;
+use layered_stores_overlay::{
+    mountinfo::MountTable,
+    progress::{Progress, Spot},
+};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use super::operation::OperationError;
+
+// Work on one store that panics must not take the daemon from the others.
+#[cfg(not(panic = "unwind"))]
+compile_error!("layered-storesd needs `panic = \"unwind\"`");
+
+/// How many threads there are at most. Next to all of them exist only while that many filesystems hang.
+pub const THREADS: usize = 256;
+
+/// How long a filesystem may take to answer until the store counts as stuck: longer than a disk that was asleep or has much
+/// to write, shorter than the minute that Nix's hook waits. It is counted from the last answer; work that gets ahead may
+/// take as long as it needs.
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long work that gets no further keeps its place.
+const STALL: Duration = Duration::from_secs(1);
+
+/// How much is done at a time that takes milliseconds, and how much that looks at every path of a store.
+const QUICK: usize = 8;
+const LONG: usize = 4;
+
+/// How much may stall at a time of stores on the same filesystems, and of all: the rest of the threads is for stores on
+/// filesystems on which nothing has stalled.
+const STALLED_TOGETHER: usize = 16;
+const STALLED: usize = THREADS * 3 / 4;
+
+/// The mounts that a store's directories lie on.
+type Filesystems = Vec<u64>;
+
+/// All threads.
+#[derive(Clone, Debug)]
+pub(super) struct Threads(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    quick: Arc<Semaphore>,
+    long: Arc<Semaphore>,
+    /// How much has stalled, by filesystems.
+    stalled: Mutex<HashMap<Filesystems, usize>>,
+    came_back: Notify,
+    /// The mount table of PID 1's namespace.
+    mounts: Mutex<File>,
+}
+
+impl Threads {
+    /// Opens what is needed on one of the threads.
+    pub(super) async fn new() -> io::Result<Self> {
+        // Read later from elsewhere, it goes on showing the namespace of the thread that has opened it.
+        let mounts = tokio::task::spawn_blocking(|| File::open("/proc/thread-self/mountinfo")).await??;
+        Ok(Self(Arc::new(Inner {
+            quick: Arc::new(Semaphore::new(QUICK)),
+            long: Arc::new(Semaphore::new(LONG)),
+            stalled: Mutex::default(),
+            came_back: Notify::new(),
+            mounts: Mutex::new(mounts),
+        })))
+    }
+
+    /// Something that is to be done about a store.
+    pub(super) fn errand(&self, spec: Arc<StoreSpec>) -> Errand {
+        Errand { spec, progress: Arc::default(), threads: self.clone() }
+    }
+
+    /// Where the filesystem is mounted that a path lies on, by the mount table's text: the path is not touched.
+    pub(super) fn mount_point_of(&self, path: &Path) -> Option<String> {
+        let table = self.table(&[path]).ok()?;
+        table.leads_to(path.to_str()?).map(|(point, _)| point.to_owned())
+    }
+
+    fn table(&self, paths: &[&Path]) -> io::Result<MountTable> {
+        let mut text = Vec::new();
+        let mut file = lock(&self.0.mounts);
+        file.rewind()?;
+        file.read_to_end(&mut text)?;
+        drop(file);
+        let is_of_interest = |point: &str| paths.iter().any(|path| path.starts_with(point));
+        Ok(MountTable::parse(&String::from_utf8_lossy(&text), is_of_interest))
+    }
+
+    fn filesystems(&self, spec: &StoreSpec) -> Filesystems {
+        // The filesystem of an ephemeral store is its own and lies in memory: it says nothing about whom a store shares its
+        // fate with.
+        let upper = spec.ephemeral.is_none().then(|| spec.layers.upper.as_path());
+        let paths: Vec<&Path> =
+            [Some(spec.layers.lower.as_path()), Some(spec.root.as_path()), upper].into_iter().flatten().collect();
+        let Ok(table) = self.table(&paths) else { return Vec::new() };
+        let mount_of = |path: &&Path| Some(table.leads_to(path.to_str()?)?.1.id);
+        let mut mounts: Filesystems = paths.iter().filter_map(mount_of).collect();
+        mounts.sort_unstable();
+        mounts.dedup();
+        mounts
+    }
+
+    /// Whether so much of what concerns a store's filesystems has stalled that more is not begun.
+    fn are_taken(&self, spec: &StoreSpec) -> bool {
+        if lock(&self.0.stalled).is_empty() {
+            return false;
+        }
+        let filesystems = self.filesystems(spec);
+        let stalled = lock(&self.0.stalled);
+        let together = stalled.get(&filesystems).copied().unwrap_or_default();
+        together >= STALLED_TOGETHER || (together > 0 && stalled.values().sum::<usize>() >= STALLED)
+    }
+
+    fn stall(&self, spec: &StoreSpec) -> Stalled {
+        let filesystems = self.filesystems(spec);
+        *lock(&self.0.stalled).entry(filesystems.clone()).or_default() += 1;
+        Stalled { filesystems, threads: self.clone() }
+    }
+}
+
+/// Work that has stalled and is counted.
+struct Stalled {
+    filesystems: Filesystems,
+    threads: Threads,
+}
+
+impl Drop for Stalled {
+    fn drop(&mut self) {
+        let mut stalled = lock(&self.threads.0.stalled);
+        if let Some(count) = stalled.get_mut(&self.filesystems) {
+            *count -= 1;
+            if *count == 0 {
+                stalled.remove(&self.filesystems);
+            }
+        }
+        drop(stalled);
+        self.threads.0.came_back.notify_waiters();
+    }
+}
+
+/// Something that is done about one store, a piece of work after the other.
+#[derive(Clone, Debug)]
+pub(super) struct Errand {
+    pub(super) spec: Arc<StoreSpec>,
+    pub(super) progress: Arc<Progress>,
+    threads: Threads,
+}
+
+impl Errand {
+    /// Does work that takes milliseconds, if the filesystems answer.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
+    ) -> Result<T, OperationError> {
+        self.run_in(&self.threads.0.quick, work).await
+    }
+
+    /// Does work that may look at every path of a store.
+    pub(super) async fn run_long<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
+    ) -> Result<T, OperationError> {
+        self.run_in(&self.threads.0.long, work).await
+    }
+
+    async fn run_in<T: Send + 'static>(
+        &self,
+        places: &Arc<Semaphore>,
+        work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
+    ) -> Result<T, OperationError> {
+        let place = self.place(places).await;
+        // From here on it counts, even if there is no thread left that could begin.
+        self.progress.mark(Spot::Elsewhere);
+        let progress = Arc::clone(&self.progress);
+        let mut thread = tokio::task::spawn_blocking(move || progress.follow(work));
+        let done = tokio::select! {
+            biased;
+            done = &mut thread => done,
+            () = self.stalls() => {
+                drop(place);
+                let _stalled = self.threads.stall(&self.spec);
+                thread.await
+            }
+        };
+        done.unwrap_or_else(|error| Err(OperationError::Panic(error.to_string())))
+    }
+
+    /// Waits until the store may have a thread.
+    async fn place(&self, places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+        let mut waits = false;
+        loop {
+            let came_back = self.threads.0.came_back.notified();
+            tokio::pin!(came_back);
+            came_back.as_mut().enable();
+            if !self.threads.are_taken(&self.spec) {
+                self.progress.rest();
+                waits = false;
+                let place = Arc::clone(places).acquire_owned().await.ok();
+                // Meanwhile some more may have stalled.
+                if !self.threads.are_taken(&self.spec) {
+                    return place;
+                }
+            }
+            if !std::mem::replace(&mut waits, true) {
+                self.progress.mark(Spot::Others);
+            }
+            came_back.await;
+        }
+    }
+
+    /// Waits until work that was begun has got no further for [`STALL`].
+    async fn stalls(&self) {
+        loop {
+            let since = self.progress.spot().map_or_else(Instant::now, |(_, since)| since);
+            let at = since + STALL;
+            if at <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(at.into()).await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that holds it can panic halfway through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use layered_stores_model::{Layers, LowerStore, MountUnitName, Ownership};
+
+    fn spec(name: &str, lower: &str) -> Arc<StoreSpec> {
+        let path = |p: &str| p.parse().expect("valid");
+        let merged = path("/srv/root/nix/store");
+        Arc::new(StoreSpec {
+            name: name.parse().expect("valid"),
+            lower_store: LowerStore::Layered("base".parse().expect("valid")),
+            lower_url: String::new(),
+            mount_unit: MountUnitName::of(&merged).expect("short"),
+            layers: Layers { lower: path(lower), upper: path("/u"), work: path("/w"), merged, options: Vec::new() },
+            root: path("/srv/root"),
+            state_dir: path("/srv/root/nix/var/nix"),
+            remount_hook: path("/bin/hook"),
+            ownership: Ownership::default(),
+            required: true,
+            autostart: true,
+            ephemeral: None,
+            daemon: None,
+        })
+    }
+
+    #[tokio::test]
+    async fn work_that_panics_takes_nobody_with_it() {
+        let threads = Threads::new().await.expect("threads");
+        let errand = threads.errand(spec("a", "/lower"));
+        for _ in 0..QUICK + 1 {
+            let error = errand.run::<()>(|| panic!("a test panics")).await.expect_err("a panic").to_string();
+            assert!(error.contains("please report it") && error.contains("a test panics"), "{error}");
+            assert_eq!(errand.progress.spot(), None);
+        }
+        assert!(matches!(errand.run(|| Ok(7)).await, Ok(7)));
+    }
+
+    #[tokio::test]
+    async fn work_that_hangs_leaves_threads_to_others() {
+        let threads = Threads::new().await.expect("threads");
+        // /proc is a mount on every machine, so the two lie on different filesystems.
+        let (hanging, healthy) = (spec("a", "/proc/hangs"), spec("b", "/lower"));
+        let (go_on, waits) = mpsc::channel::<()>();
+        let waits = Arc::new(Mutex::new(waits));
+        let errands: Vec<Errand> = (0..STALLED_TOGETHER * 2).map(|_| threads.errand(Arc::clone(&hanging))).collect();
+        let mut hung = tokio::task::JoinSet::new();
+        for errand in errands.clone() {
+            let waits = Arc::clone(&waits);
+            let work = move || {
+                layered_stores_overlay::progress::at(Spot::Lower);
+                let _ = lock(&waits).recv();
+                Ok(())
+            };
+            hung.spawn(async move { errand.run(work).await });
+        }
+        let is_at = |wanted| {
+            errands.iter().filter(|errand| matches!(errand.progress.spot(), Some((spot, _)) if spot == wanted)).count()
+        };
+        while is_at(Spot::Lower) < STALLED_TOGETHER || is_at(Spot::Others) == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // The last places are free again once the work that has them has stalled as well.
+        assert!(matches!(threads.errand(healthy).run(|| Ok(7)).await, Ok(7)));
+        assert!(is_at(Spot::Lower) < STALLED_TOGETHER + QUICK, "{} at a time", is_at(Spot::Lower));
+
+        drop(go_on);
+        while let Some(done) = hung.join_next().await {
+            assert!(matches!(done, Ok(Ok(()))), "what hung comes to its end");
+        }
+        assert!(lock(&threads.0.stalled).is_empty());
+    }
+}
