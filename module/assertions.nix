@@ -6,6 +6,7 @@ let
   settingsLib = import ./settings.nix { inherit lib; };
   problems = import ./problems.nix { inherit lib; } cfg.settings;
   resolved = settingsLib.resolveAll cfg.settings;
+  all = lib.attrValues resolved;
 
   # The option that a key of the configuration was given with. `settings` may have its own mind
   # about what `stores` declares; then that is what has to change.
@@ -102,6 +103,28 @@ let
       + "underneath is reached through this machine's Nix daemon, and nix.enable is false; "
       + "set nix.enable = true, or name a store that needs no daemon, such as \"local\"";
   }) resolved;
+
+  # Whoever opens a layered store needs a Nix that can, and stores' daemons are of this one.
+  nixPackage = config.nix.package;
+  nixName = nixPackage.pname or (builtins.parseDrvName (nixPackage.name or "")).name;
+  nixVersion = nixPackage.version or (builtins.parseDrvName (nixPackage.name or "")).version;
+  # 2.26pre… is what became 2.26. A package need not say which version it is.
+  nixIsTooOld = nixVersion != "" && lib.versionOlder nixVersion "2.26pre";
+  nixIsUsed = config.nix.enable || lib.any (store: store.socketPath != null) all;
+  nixVersions = lib.optionals nixIsUsed [
+    {
+      assertion = nixName != "lix";
+      message =
+        "nix.package is Lix ${nixVersion}, which has no local-overlay stores; "
+        + "set it to a Nix, for example to pkgs.nixVersions.latest";
+    }
+    {
+      assertion = nixName == "lix" || !nixIsTooOld;
+      message =
+        "nix.package is Nix ${nixVersion}, and layered stores need 2.26 or newer; "
+        + "set it to a newer one, for example to pkgs.nixVersions.latest";
+    }
+  ];
 
   # A Nix expression cannot take other characters apart into the bytes that a URL escapes, and `uri`
   # would not be what the daemon prints.
@@ -204,6 +227,7 @@ in
       map explain problems
       ++ ofOptions
       ++ throughDaemon
+      ++ nixVersions
       ++ asciiOnly
       ++ map (account: {
         assertion = !certain account;

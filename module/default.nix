@@ -12,4 +12,6 @@
     ./assertions.nix
     ./service.nix
   ];
+
+  meta.maintainers = import ../nix/maintainers.nix;
 }

@@ -26,9 +26,28 @@ let
       run = head runs;
       ascii = match "[ -~].*" run != null;
       character = if ascii then substring 0 1 run else head (split "[ -~]" run);
-      escaped = lib.replaceStrings [ "\\" "'" "\n" "\t" ] [ "\\\\" "\\'" "\\n" "\\t" ] character;
+      escaped = lib.replaceStrings ([ "\\" "'" ] ++ controls) (
+        [ "\\\\" "\\'" ] ++ map shown controlCodes
+      ) character;
     in
     if runs == [ ] then null else "'${escaped}'";
+
+  # The control characters of ASCII, but for NUL, which no text in Nix can hold.
+  controlCodes = lib.range 1 31 ++ [ 127 ];
+  controls = map character controlCodes;
+  character = code: builtins.fromJSON "\"\\u00${lib.fixedWidthString 2 "0" (hexadecimal code)}\"";
+  hexadecimal = code: lib.toLower (lib.toHexString code);
+  # As Rust shows them.
+  shown =
+    code:
+    {
+      "0" = "\\0";
+      "9" = "\\t";
+      "10" = "\\n";
+      "13" = "\\r";
+    }
+    .${toString code} or "\\u{${hexadecimal code}}";
+  control = "[${character 1}-${character 31}${character 127}]";
 
   # One character of a percent-encoded text. What is not ASCII is of no use in a path: it becomes
   # something that is refused.
@@ -37,7 +56,24 @@ let
   ascii = hex: if hex == "00" then "�" else builtins.fromJSON "\"\\u00${hex}\"";
 in
 rec {
-  # Where the daemon keeps what is given no place of its own (StateDirectory= of its unit).
+  # Whether a text would be obeyed by a terminal, or end a line or a string somewhere.
+  holdsControl = text: lib.length (split control text) > 1;
+
+  # The first such character of a URL, as it is or percent-encoded, as the daemon shows it; or null.
+  controlInUrl =
+    url:
+    let
+      parts = split "(%[01][0-9a-fA-F]|%7[fF]|${control})" url;
+      found = head (elemAt parts 1);
+      code =
+        if stringLength found == 3 then
+          (builtins.fromTOML "code = 0x${substring 1 2 found}").code
+        else
+          lib.head (lib.filter (code: character code == found) controlCodes);
+    in
+    if lib.length parts == 1 then null else "'${shown code}'";
+
+  # Where the daemon keeps what is given no place of its own.
   stateDir = "/var/lib/layered-stores";
 
   # The longest path (`AbsolutePath::MAX_LEN`) and the longest name of a unit (`MAX_LEN`).
@@ -210,6 +246,12 @@ rec {
         { inherit problem; }
       else if tooLong != null then
         { problem = tooLong; }
+      else if controlInUrl url != null then
+        {
+          problem =
+            "it holds ${controlInUrl url}, as it is or percent-encoded, which no store's URL has to; "
+            + "take it away";
+        }
       else
         {
           inherit url dir;

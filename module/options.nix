@@ -3,11 +3,13 @@
   config,
   lib,
   pkgs,
+  utils,
   ...
 }:
 
 let
   inherit (lib) mkOption types;
+  inherit (utils.systemdUtils.unitOptions) unitOption;
   cfg = config.services.layeredStores;
   settingsLib = import ./settings.nix { inherit lib; };
   toml = pkgs.formats.toml { };
@@ -21,15 +23,22 @@ let
     (types.listOf types.str)
   ];
 
+  # As a string, or as Nix writes a path. Whether the daemon can do with it is for the assertions,
+  # which say what to write.
+  path = types.coercedTo types.path toString types.str // {
+    description = "absolute path";
+    descriptionClass = "noun";
+  };
+
   daemon = name: {
     enable = lib.mkEnableOption ''
       a Nix daemon for this store: whoever may use it builds with
-      `--store unix:///run/layered-stores/NAME/daemon.sock` and needs no rights of their own.
+      `--store "$(layered-stores uri --daemon NAME)"` and needs no rights of their own.
       It is started by the first connection to its socket, which is there as long as the store is
       active'';
 
     socketPath = mkOption {
-      type = types.str;
+      type = path;
       default = settingsLib.defaultSocketPath name;
       defaultText = "/run/layered-stores/‹name›/daemon.sock";
       example = "/run/ci-store.sock";
@@ -74,8 +83,8 @@ let
       ];
       description = ''
         Users, and groups as `"@group"`, whom this store's Nix daemon trusts: they may import
-        what nobody has signed and change the daemon's settings for themselves. Trust in a
-        daemon that runs as root is as good as being root.
+        what nobody has signed and change the daemon's settings for themselves. That is as good as
+        being who the daemon runs as: root, or the {option}`owner` of the store, if it has one.
       '';
     };
 
@@ -95,7 +104,7 @@ let
     };
 
     serviceConfig = mkOption {
-      type = types.attrsOf nixSetting;
+      type = types.attrsOf unitOption;
       default = { };
       example = {
         MemoryMax = "8G";
@@ -106,6 +115,10 @@ let
         Options for the `[Service]` section of this store's Nix daemon, which is
         `layered-stores-nix-daemon@NAME.service`. They bind the daemon and all builds that it
         runs; see {manpage}`systemd.resource-control(5)`. A change restarts that daemon.
+
+        What is to hold for the Nix daemons of all stores goes to the template instead,
+        {option}`systemd.services."layered-stores-nix-daemon@".serviceConfig`. They have the
+        scheduling classes, proxies and certificates of the host's daemon already.
       '';
     };
   };
@@ -115,7 +128,7 @@ let
     {
       options = {
         lowerStore = mkOption {
-          type = types.nullOr types.str;
+          type = types.nullOr (types.coercedTo types.path toString types.str);
           default = null;
           example = "daemon";
           description = ''
@@ -136,7 +149,7 @@ let
         };
 
         root = mkOption {
-          type = types.str;
+          type = path;
           default = settingsLib.defaultDirectory name "root";
           defaultText = "/var/lib/layered-stores/stores/‹name›/root";
           example = "/srv/ci/root";
@@ -147,7 +160,7 @@ let
         };
 
         upperLayer = mkOption {
-          type = types.str;
+          type = path;
           default = settingsLib.defaultDirectory name "upper";
           defaultText = "/var/lib/layered-stores/stores/‹name›/upper";
           example = "/srv/ci/upper";
@@ -157,7 +170,7 @@ let
         };
 
         workDir = mkOption {
-          type = types.str;
+          type = path;
           default = settingsLib.defaultDirectory name "work";
           defaultText = "/var/lib/layered-stores/stores/‹name›/work";
           example = "/srv/ci/work";
@@ -313,13 +326,10 @@ in
   options.services.layeredStores = {
     enable = lib.mkEnableOption "layered Nix stores";
 
-    package = mkOption {
-      type = types.package;
-      default = pkgs.layered-stores or (pkgs.callPackage ../nix/package.nix { });
-      defaultText = lib.literalExpression "pkgs.layered-stores";
-      example = lib.literalExpression "pkgs.layered-stores.overrideAttrs { doCheck = false; }";
-      description = "The layered-stores to use.";
-    };
+    # As long as it is not in Nixpkgs, the overlay of this repository may be missing.
+    package = lib.mkPackageOption {
+      layered-stores = pkgs.layered-stores or (pkgs.callPackage ../nix/package.nix { });
+    } "layered-stores" { example = "pkgs.layered-stores.overrideAttrs { doCheck = false; }"; };
 
     settings = mkOption {
       type = toml.type;
@@ -364,7 +374,8 @@ in
     };
   };
 
-  config.services.layeredStores.settings = lib.mkIf cfg.enable {
+  # Also without `enable`: `uri` and others follow from it, and others may read them.
+  config.services.layeredStores.settings = {
     stores = lib.mapAttrs (
       name: store: lib.mapAttrsRecursive (_path: lib.mkDefault) (settingsLib.render name store)
     ) cfg.stores;

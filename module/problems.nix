@@ -37,15 +37,26 @@ let
     in
     "${if lib.elem name [ "integer" "array" ] then "an" else "a"} ${name}";
 
-  # The nearest of some names, for a slip of the finger.
+  # The name that this begins, or the nearest, for a slip of the finger; the first of several.
   didYouMean =
     otherwise: names: name:
     let
       # Of two letters, one may be wrong.
       most = lib.min 2 (stringLength name / 2);
-      near = lib.findFirst (lib.strings.levenshteinAtMost most name) null names;
+      begun = lib.filter (lib.hasPrefix "${name}-") names;
+      near = lib.filter (lib.strings.levenshteinAtMost most name) names;
+      nearest = lib.foldl' (
+        best: other:
+        if best == null || distance other < distance best then other else best
+      ) null near;
+      distance = lib.strings.levenshtein name;
     in
-    if near == null then otherwise else "did you mean \"${near}\"?";
+    if begun != [ ] then
+      "did you mean \"${lib.head begun}\"?"
+    else if near == [ ] then
+      otherwise
+    else
+      "did you mean \"${nearest}\"?";
 
   # Checks of one value: null, or what is wrong with it.
   text = check: value: if lib.isString value then check value else expected "a string" value;
@@ -184,7 +195,12 @@ let
       expected "a string, an integer, true, false or a list of strings" value;
   line =
     what: value:
-    if lib.hasInfix "\n" value then "${what} has to be one line; take the line break away" else null;
+    if lib.hasInfix "\n" value then
+      "${what} has to be one line; take the line break away"
+    else if layered.holdsControl value then
+      "${what} holds a control character; take it away"
+    else
+      null;
 
   keys = {
     "lower-store" = text lowerStore;
@@ -200,6 +216,28 @@ let
     "ephemeral-size" = text ephemeralSize;
     daemon = value: if lib.isAttrs value then null else expected "a table" value;
   };
+  # As the daemon names them.
+  keyOrder = [
+    "lower-store"
+    "root"
+    "upper-layer"
+    "work-dir"
+    "owner"
+    "group"
+    "mode"
+    "required"
+    "autostart"
+    "mount-options"
+    "ephemeral-size"
+    "daemon"
+  ];
+  daemonKeyOrder = [
+    "socket-path"
+    "socket-mode"
+    "allowed-users"
+    "trusted-users"
+    "settings"
+  ];
   daemonKeys = {
     socket-path = text socketPath;
     socket-mode = text socketMode;
@@ -210,7 +248,7 @@ let
 
   # What is wrong in a table, by the checks of its keys.
   inTable =
-    store: prefix: checks: table:
+    store: prefix: order: checks: table:
     lib.concatLists (
       lib.mapAttrsToList (
         key: value:
@@ -218,10 +256,8 @@ let
           sentence = (checks.${key} or unknown) value;
           unknown =
             _value:
-            "unknown key \"${key}\"; "
-            + didYouMean "the keys are ${
-              lib.concatStringsSep ", " (lib.attrNames checks)
-            }" (lib.attrNames checks) key;
+            "unknown key \"${prefix}${key}\"; "
+            + didYouMean "the keys are ${lib.concatStringsSep ", " order}" order key;
         in
         lib.optional (sentence != null) {
           inherit store sentence;
@@ -255,7 +291,7 @@ let
         about "lower-store" null
           "key \"lower-store\" is missing; name the store underneath, for example \"daemon\""
       )
-      ++ inTable name "" keys table
+      ++ inTable name "" keyOrder keys table
       ++ lib.optionals (table ? ephemeral-size) (
         map
           (
@@ -274,7 +310,7 @@ let
           )
       )
       ++ lib.optionals (lib.isAttrs daemon) (
-        inTable name "daemon." daemonKeys daemon
+        inTable name "daemon." daemonKeyOrder daemonKeys daemon
         ++ lib.optionals (lib.isAttrs nix) (
           lib.concatLists (
             lib.mapAttrsToList (
@@ -330,6 +366,11 @@ let
             "the kernel stacks at most 2 overlays and this would be number "
             + "${toString (lib.length names)} (${path}); "
             + "use the lower store of ${elemAt names 1} instead"
+          )
+        else if next != null && stores.${next}.owner != store.owner then
+          say (
+            "the store \"${next}\" belongs to ${stores.${next}.owner} and this one to ${store.owner}, "
+            + "and Nix opens both as one user; give both the same owner"
           )
         else
           [ ]
@@ -463,7 +504,7 @@ in
 settings:
 let
   tables = settings.stores or { };
-  top = inTable null "" {
+  top = inTable null "" [ "stores" ] {
     stores = value: if lib.isAttrs value then null else expected "a table" value;
   } settings;
   each = lib.optionalAttrs (lib.isAttrs tables) (lib.mapAttrs inStore tables);

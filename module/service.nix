@@ -24,22 +24,69 @@ let
     else
       unchecked;
 
-  # What every Nix daemon of a store needs. A drop-in of one instance replaces the drop-in of the
-  # template that has the same name, and NixOS gives all the same name, so this is in both.
+  # What the host's Nix daemon has (nixos/modules/services/system/nix-daemon.nix), for the template
+  # of the stores' daemons.
   nixDaemon = {
     overrideStrategy = "asDropin";
     path = [
       config.nix.package
+      pkgs.util-linux
       config.programs.ssh.package
-    ];
-    # The host's daemon has these for downloads, proxies among them.
-    environment = {
-      CURL_CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt";
-    }
-    // config.nix.envVars;
+    ]
+    ++ lib.optional config.nix.distributedBuilds pkgs.gzip;
+    environment =
+      config.nix.envVars
+      // {
+        CURL_CA_BUNDLE = caBundle;
+        NIX_SSL_CERT_FILE = caBundle;
+      }
+      // config.networking.proxy.envVars;
+    serviceConfig = {
+      CPUSchedulingPolicy = config.nix.daemonCPUSchedPolicy;
+      IOSchedulingClass = config.nix.daemonIOSchedClass;
+      IOSchedulingPriority = config.nix.daemonIOSchedPriority;
+    };
+    # `nix.settings` hold for it as well, and a daemon reads them when it starts.
+    restartTriggers = lib.optional (nixConf != null) nixConf;
     # In one step: while it is stopped, a connection to the socket would start the old one.
     stopIfChanged = false;
+    # A switch reads the template for an instance whose drop-in has gone, which is to say whose
+    # store has gone: the daemon has stopped it by then, and a restart would start it again.
+    restartIfChanged = false;
   };
+  nixConf = config.environment.etc."nix/nix.conf".source or null;
+  # NixOS before 25.05 has no option for it.
+  caBundle = config.security.pki.caBundle or "/etc/ssl/certs/ca-certificates.crt";
+
+  # The drop-in of an instance hides that of the template, because NixOS calls all `overrides.conf`.
+  # So it has all that is in the template's, also what others than this module have put there; what
+  # is said of the instance itself goes before. Each instance has one, limits or not: newer switches
+  # (switch-to-configuration-ng) stop an instance whose drop-in has gone.
+  nixDaemonOf =
+    name:
+    let
+      template = config.systemd.services.${nixDaemonUnit ""};
+      itself = config.systemd.services.${nixDaemonUnit name};
+      inherited = lib.mapAttrs (_key: lib.mkOverride (lib.modules.defaultOverridePriority + 1));
+      path = lib.unique (template.path ++ itself.path);
+    in
+    {
+      inherit (template) stopIfChanged;
+      overrideStrategy = "asDropin";
+      unitConfig = inherited template.unitConfig;
+      environment = inherited (removeAttrs template.environment [ "PATH" ]) // {
+        PATH = lib.mkOverride (
+          lib.modules.defaultOverridePriority - 1
+        ) "${lib.makeBinPath path}:${lib.makeSearchPathOutput "bin" "sbin" path}";
+      };
+      serviceConfig = lib.mkMerge [
+        (inherited template.serviceConfig)
+        (cfg.stores.${name}.daemon.serviceConfig or { })
+        # The template's drop-in says no, and a switch reads both.
+        { X-RestartIfChanged = true; }
+      ];
+    };
+  nixDaemonUnit = name: "layered-stores-nix-daemon@${name}";
 
   remountRule = name: store: ''
     // services.layeredStores.stores.${name}: who may have it remounted
@@ -72,10 +119,28 @@ in
     systemd.packages = [ cfg.package ];
 
     # NixOS ignores [Install], so what is to start at boot is said here.
-    systemd.targets.layered-stores = {
-      overrideStrategy = "asDropin";
-      wantedBy = [ "multi-user.target" ];
-    };
+    systemd.targets = {
+      layered-stores = {
+        overrideStrategy = "asDropin";
+        wantedBy = [ "multi-user.target" ];
+      };
+    }
+    # The filesystems on which a store lies are mounted before the daemon looks at it. In units of
+    # their own: as part of the daemon's, a new directory would have a switch restart the daemon
+    # instead of reloading it. One for each store, and none that the daemon requires: a filesystem
+    # that is missing is the problem of that store. WantsMountsFor= would need systemd 256.
+    // lib.listToAttrs (
+      map (
+        store:
+        lib.nameValuePair "layered-stores-filesystems-${store.name}" {
+          description = "Filesystems of the Layered Nix Store ${store.name}";
+          documentation = [ "man:layered-storesd(8)" ];
+          wantedBy = [ "layered-storesd.service" ];
+          before = [ "layered-storesd.service" ];
+          unitConfig.RequiresMountsFor = lib.unique (settingsLib.directories store);
+        }
+      ) (lib.filter (store: settingsLib.directories store != [ ]) stores)
+    );
 
     systemd.services = {
       layered-storesd = {
@@ -97,29 +162,12 @@ in
         restartIfChanged = false;
       };
 
-      "layered-stores-nix-daemon@" = nixDaemon;
+      ${nixDaemonUnit ""} = nixDaemon;
     }
     // lib.listToAttrs (
-      map (
-        { name, ... }:
-        # One for each, limits or not: a switch stops instances whose last drop-in has gone, which
-        # is right when the store's daemon has gone, and wrong when only the limits have.
-        lib.nameValuePair "layered-stores-nix-daemon@${name}" (
-          nixDaemon // { serviceConfig = cfg.stores.${name}.daemon.serviceConfig or { }; }
-        )
-      ) (lib.filter (store: store.socketPath != null) stores)
+      map ({ name, ... }: lib.nameValuePair (nixDaemonUnit name) (nixDaemonOf name)) (
+        lib.filter (store: store.socketPath != null) stores
+      )
     );
-
-    # The filesystems on which stores lie are mounted before the daemon looks at them. In a unit of
-    # its own: as part of the daemon's, a new directory would have a switch restart the daemon
-    # instead of reloading it. Wanted and not required: a filesystem that is missing is the problem
-    # of one store.
-    systemd.targets.layered-stores-filesystems = {
-      description = "Filesystems of Layered Nix Stores";
-      documentation = [ "man:layered-storesd(8)" ];
-      wantedBy = [ "layered-storesd.service" ];
-      before = [ "layered-storesd.service" ];
-      unitConfig.WantsMountsFor = lib.unique (lib.concatMap settingsLib.directories stores);
-    };
   };
 }

@@ -85,6 +85,8 @@ rec {
     in
     rec {
       inherit name;
+      # By name or number, as it is written; root has both by default.
+      owner = if textOr "root" table "owner" == "0" then "root" else textOr "root" table "owner";
       ephemeral = table ? ephemeral-size;
       directory = "${stateDir}/stores/${name}";
       root = textOr (defaultDirectory name "root") table "root";

@@ -5,18 +5,9 @@ let
   inherit (pkgs) lib;
   package = pkgs.callPackage ./package.nix { };
   evaluation = import ../nixos-tests/eval {
+    inherit pkgs;
     nixpkgs = pkgs.path;
-    inherit lib;
   };
-  inherit
-    (lib.evalModules {
-      modules = [
-        ../module/options.nix
-        { _module.args = { inherit pkgs; }; }
-      ];
-    })
-    options
-    ;
 in
 {
   inherit package;
@@ -43,7 +34,7 @@ in
   # By Nixpkgs' own renderer, which knows of things that nixos-tests/eval does not look for.
   optionDocumentation =
     (pkgs.nixosOptionsDoc {
-      options = { inherit (options) services; };
+      options.services = { inherit (evaluation.options.services) layeredStores; };
       warningsAreErrors = true;
     }).optionsCommonMark;
 

@@ -7,10 +7,12 @@
   lib,
   stdenv,
   rustPlatform,
+  testers,
 }:
 
 let
-  manifest = (lib.importTOML ../Cargo.toml).package;
+  cargo = lib.importTOML ../Cargo.toml;
+  manifest = cargo.package // cargo.workspace.package;
 in
 rustPlatform.buildRustPackage {
   pname = manifest.name;
@@ -27,16 +29,16 @@ rustPlatform.buildRustPackage {
       ../Makefile
       ../README.md
       ../benches
+      ../crates
       ../data
       ../docs
       ../src
-      ../tests
     ];
   };
 
   cargoLock.lockFile = ../Cargo.lock;
 
-  # tests/ make mounts, for which there are the scenarios.
+  # crates/overlay/tests make mounts, for which there are the scenarios.
   cargoTestFlags = [ "--lib" ];
 
   # With a name that no program has for cargo, make takes what was built before.
@@ -51,8 +53,16 @@ rustPlatform.buildRustPackage {
     runHook postInstall
   '';
 
+  passthru.tests = lib.mapAttrs (_name: testers.runNixOSTest) (
+    import ../nixos-tests/scenarios.nix { inherit lib; }
+  );
+
   meta = {
     inherit (manifest) description;
+    # OWNER is written for where one got this from, as in the manual.
+    homepage = "https://github.com/OWNER/layered-stores";
+    changelog = "https://github.com/OWNER/layered-stores/blob/v${manifest.version}/CHANGELOG.md";
+    maintainers = import ./maintainers.nix;
     license = [
       lib.licenses.mit
       lib.licenses.asl20

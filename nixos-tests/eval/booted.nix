@@ -36,13 +36,13 @@ let
           };
         };
       };
-      users.users.alice = { };
+      users.users.alice.isNormalUser = true;
     }
   ];
 in
 assert evaluated.failures == [ ] && evaluated.warnings == [ ];
 evaluated
 // {
-  polkit = evaluated.config.security.polkit.extraConfig;
+  polkit = lib.concatStrings evaluated.said.extraConfig;
   uris = lib.mapAttrs (_name: store: store.uri) evaluated.config.services.layeredStores.stores;
 }

@@ -1,9 +1,9 @@
 # What the module makes of configurations, without a machine and without building anything:
 #
-#   NIXPKGS=… nix-instantiate --eval --strict --json nixos-tests/eval -A report
-#   NIXPKGS=… nix-instantiate --eval --strict nixos-tests/eval -A check     fails if a test does
+#   NIXPKGS=… nix-instantiate --eval --strict --json --readonly-mode nixos-tests/eval -A report
+#   NIXPKGS=… nix-instantiate --eval --strict --readonly-mode nixos-tests/eval -A check
 #
-# NIXPKGS is a checkout of Nixpkgs, a part of one, or its library alone. Without it, <nixpkgs>.
+# The second fails if a test does. NIXPKGS is a checkout of Nixpkgs. Without it, <nixpkgs>.
 {
   nixpkgs ? (
     let
@@ -11,13 +11,15 @@
     in
     if fromEnvironment != "" then /. + fromEnvironment else <nixpkgs>
   ),
-  lib ? import (
-    if builtins.pathExists (nixpkgs + "/lib/modules.nix") then nixpkgs + "/lib" else nixpkgs
-  ),
+  pkgs ? import nixpkgs { },
+  lib ? pkgs.lib,
 }:
 
 let
-  nixos = import ./nixos.nix { inherit lib nixpkgs; };
+  nixos = import ./nixos.nix {
+    inherit lib pkgs;
+    nixpkgs = toString nixpkgs;
+  };
   inherit (nixos) evaluate;
 
   # A configuration of layered stores, and what becomes of it.
@@ -25,9 +27,9 @@ let
   layered = settings: { services.layeredStores = settings // { enable = true; }; };
 
   tests =
-    import ./scenarios.nix { inherit lib evaluate; }
-    // import ./values.nix { inherit lib evaluate withStores layered; }
-    // import ./units.nix { inherit lib evaluate layered; }
+    import ./scenarios.nix { inherit lib pkgs; }
+    // import ./values.nix { inherit lib pkgs nixos withStores layered; }
+    // import ./units.nix { inherit lib pkgs nixos layered; }
     // lib.mapAttrs' (
       name: refusal:
       lib.nameValuePair "test refused: ${name}" {
@@ -35,27 +37,18 @@ let
         expected = refusal.messages;
       }
     ) refusals
-    // import ./documentation.nix { inherit lib options; };
+    // import ./documentation.nix { inherit lib pkgs options; };
   refusals = import ./refusals.nix { inherit lib layered; };
   failures = lib.runTests tests;
-
-  # The module's options, without those of NixOS.
-  inherit
-    (lib.evalModules {
-      modules = [
-        ../../module/options.nix
-        { _module.args = { inherit (nixos) pkgs; }; }
-      ];
-    })
-    options
-    ;
+  inherit (evaluate [ ]) options;
 in
 rec {
+  inherit options;
+
   report = {
     inherit failures;
     tests = lib.length (lib.attrNames tests);
-    # Whether the text of units was Nixpkgs' own.
-    units = if nixos.real then "nixpkgs" else "stand-in";
+    nixos = lib.trivial.release;
   };
 
   check =
@@ -68,6 +61,16 @@ rec {
 
   # A reference of all options in Markdown.
   optionReference = import ../../nix/option-reference.nix { inherit lib options; };
+
+  # What is wrong with configurations that are files, by all of NixOS.
+  complaints = map (
+    file:
+    let
+      inherit (nixos.evaluateSystem [ nixos.onDebian file ]) config;
+    in
+    map (assertion: assertion.message) (lib.filter (found: !found.assertion) config.assertions)
+    ++ config.warnings
+  );
 
   # For the scenario that boots what is rendered here, and asks the daemon's own opinion about what
   # is refused.
@@ -83,4 +86,7 @@ rec {
     ) (lib.filterAttrs (_name: refusal: refusal.daemon) refusals);
     inherit report optionReference;
   };
+
+  # For the scenario that switches from one system to another.
+  switched = import ./switched.nix { inherit lib pkgs nixos; };
 }

@@ -1,5 +1,9 @@
 # The options say what they are for.
-{ lib, options }:
+{
+  lib,
+  pkgs,
+  options,
+}:
 
 let
   documented = lib.filter (option: option.visible && !option.internal) (
@@ -15,6 +19,28 @@ let
   ];
 in
 {
+  # Nixpkgs' own documentation of them, up to where it would be built.
+  "test Nixpkgs documents every option" = {
+    expr =
+      let
+        inherit
+          (pkgs.nixosOptionsDoc {
+            options = { inherit (options.services) layeredStores; };
+            warningsAreErrors = true;
+          })
+          optionsNix
+          optionsJSON
+          ;
+      in
+      {
+        builds = lib.hasSuffix ".drv" optionsJSON.drvPath;
+        missing = lib.filter (option: !optionsNix ? ${option.name}) ours;
+      };
+    expected = {
+      builds = true;
+      missing = [ ];
+    };
+  };
   "test every option has a description" = {
     expr = map (option: option.name) (
       lib.filter (

@@ -1,304 +1,149 @@
-# As much of NixOS as the module needs to be evaluated: the option declarations it writes to, and
-# packages that are names only. Nothing here can be built.
-#
-# With a checkout of Nixpkgs the declarations of systemd's units and the text of those units are
-# Nixpkgs' own. With its library alone they are those of systemd.nix: the types that Nixpkgs
-# documents, and the same text.
+# NixOS, evaluated: all of it, or the parts that have to do with the module. Nothing is built.
 {
   nixpkgs,
   lib,
+  pkgs,
 }:
 
 let
-  inherit (lib) mkOption types;
-
-  # A package or a file that was "built": its path tells what is in it, as a store path does.
-  built =
-    name: inputs:
-    let
-      hash = lib.substring 0 32 (builtins.hashString "sha256" (builtins.toJSON inputs));
-    in
-    {
-      type = "derivation";
-      inherit name;
-      outPath = "/nix/store/${hash}-${name}";
-    };
+  toml = import ./toml.nix { inherit lib; };
 
   # What a Debian has in /usr, so that units rendered here work there.
-  installed = name: {
-    type = "derivation";
-    inherit name;
-    outPath = "/usr";
-    # Another version of it, somewhere else.
-    overrideAttrs = _change: installed name // { outPath = "/opt"; };
+  installed =
+    name: version:
+    let
+      self = {
+        type = "derivation";
+        name = "${name}-${version}";
+        pname = name;
+        inherit version;
+        outPath = "/usr";
+        outputName = "out";
+        out = self;
+        meta = { };
+        # Another version of it, somewhere else.
+        overrideAttrs = _change: self // { outPath = "/opt"; out = self // { outPath = "/opt"; }; };
+      };
+    in
+    self;
+
+  onDebian = {
+    nix.package = lib.mkDefault (installed "nix" "2.26.3");
+    services.layeredStores.package = lib.mkDefault (installed "layered-stores" "0");
   };
 
-  # TOML, of which JSON's strings, numbers and arrays are a part.
-  toml =
-    let
-      key = name: if builtins.match "[A-Za-z0-9_-]+" name != null then name else builtins.toJSON name;
-      inline =
-        value:
-        if lib.isAttrs value then
-          "{ ${
-            lib.concatStringsSep ", " (lib.mapAttrsToList (name: v: "${key name} = ${inline v}") value)
-          } }"
-        else if lib.isList value then
-          "[ ${lib.concatMapStringsSep ", " inline value} ]"
-        else
-          builtins.toJSON value;
-      table =
-        path: value:
-        let
-          tables = lib.filterAttrs (_name: lib.isAttrs) value;
-          others = lib.filterAttrs (_name: v: !lib.isAttrs v) value;
-        in
-        lib.optionalString (path != [ ]) "[${lib.concatMapStringsSep "." key path}]\n"
-        + lib.concatStrings (lib.mapAttrsToList (name: v: "${key name} = ${inline v}\n") others)
-        + lib.concatStrings (lib.mapAttrsToList (name: table (path ++ [ name ])) tables);
-    in
-    table [ ];
-  tomlValue =
-    types.oneOf [
-      types.bool
-      types.int
-      types.float
-      types.str
-      (types.attrsOf tomlValue)
-      (types.listOf tomlValue)
-    ]
-    // {
-      description = "TOML value";
-    };
-
-  pkgs = {
-    formats.toml =
-      { }:
-      {
-        type = types.attrsOf tomlValue;
-        generate =
-          name: value: built name value // { text = toml value; };
-      };
-    runCommand =
-      name: _environment: script:
-      built name script // { inherit script; };
-    writeText = name: text: built name text // { inherit text; };
-    stdenv = {
-      buildPlatform.canExecute = _platform: true;
-      hostPlatform = { };
-    };
-  }
-  // lib.genAttrs [
-    "acl"
-    "attr"
-    "coreutils"
-    "dbus"
-    "e2fsprogs"
-    "findutils"
-    "gnugrep"
-    "gnused"
-    "jq"
-    "layered-stores"
-    "nix"
-    "openssh"
-    "psmisc"
-    "python3"
-    "strace"
-    "systemd"
-  ] installed;
-
-  real =
-    nixpkgs != null
-    && lib.all (file: builtins.pathExists (nixpkgs + "/nixos/lib/${file}")) [
-      "utils.nix"
-      "systemd-lib.nix"
-      "systemd-types.nix"
-      "systemd-unit-options.nix"
+  base = {
+    imports = [ "${nixpkgs}/nixos/modules/misc/nixpkgs/read-only.nix" ];
+    nixpkgs.pkgs = pkgs;
+    system.stateVersion = lib.trivial.release;
+    boot.loader.grub.enable = false;
+    fileSystems."/".device = "/dev/vda";
+    # Its text is what is built, and takes a file that is no part of the modules.
+    documentation.nixos.enable = false;
+  };
+  system = import "${nixpkgs}/nixos/lib/eval-config.nix" {
+    inherit lib;
+    system = null;
+    modules = [
+      ../../module
+      base
     ];
+  };
 
-  systemdOf =
+  # The modules of NixOS whose options the module reads and sets, for what is evaluated a hundred
+  # times: all of NixOS takes forty times as long.
+  concerned = lib.evalModules {
+    class = "nixos";
+    modules = [
+      ../../module
+      {
+        # What these modules say to others.
+        _module.check = false;
+        _module.args = {
+          inherit pkgs;
+          utils = import "${nixpkgs}/nixos/lib/utils.nix" {
+            inherit lib pkgs;
+            inherit (concerned) config;
+          };
+        };
+        environment.extraOutputsToInstall = [ ];
+      }
+    ]
+    ++ map (module: "${nixpkgs}/nixos/modules/${module}.nix") [
+      "config/networking"
+      "config/nix"
+      "config/nix-remote-build"
+      "config/nsswitch"
+      "config/system-path"
+      "config/users-groups"
+      "misc/assertions"
+      "misc/ids"
+      "programs/ssh"
+      "security/ca"
+      "security/polkit"
+      "services/system/dbus"
+      "services/system/nix-daemon"
+      "system/boot/systemd"
+      "system/etc/etc"
+    ];
+  };
+
+  ours = file: lib.hasPrefix (toString ../../module) (toString file);
+  # What the module itself says, among all that is said by others.
+  said =
+    option:
+    map (definition: definition.value) (
+      lib.filter (definition: ours definition.file) option.definitionsWithLocations
+    );
+
+  # What of an evaluated system is the module's, as files.
+  files =
     config:
-    if real then
-      (import (nixpkgs + "/nixos/lib/utils.nix") { inherit lib config pkgs; }).systemdUtils
-    else
-      import ./systemd.nix { inherit lib pkgs; };
-
-  any =
-    description: default:
-    mkOption {
-      type = types.anything;
-      inherit default description;
-    };
-
-  # Declarations of what others than systemd do with what the module says.
-  declarations =
-    { config, ... }:
     let
-      systemd = systemdOf config;
+      units = lib.filterAttrs (name: _unit: lib.hasPrefix "layered-" name) config.systemd.units;
     in
     {
-      options = {
-        assertions = mkOption {
-          type = types.listOf types.attrs;
-          default = [ ];
-        };
-        warnings = mkOption {
-          type = types.listOf types.str;
-          default = [ ];
-        };
+      toml = toml config.services.layeredStores.settings;
+      # As they lie in /etc/systemd/system.
+      units = lib.mapAttrs' (
+        name: unit:
+        lib.nameValuePair (
+          if unit.overrideStrategy == "asDropin" then "${name}.d/overrides.conf" else name
+        ) unit.text
+      ) units;
+      wants = lib.concatLists (
+        lib.mapAttrsToList (name: unit: map (wants: "${wants}.wants/${name}") unit.wantedBy) units
+      );
+    };
 
-        systemd = {
-          package = mkOption {
-            type = types.package;
-            default = pkgs.systemd;
-          };
-          packages = mkOption {
-            type = types.listOf types.package;
-            default = [ ];
-          };
-          services = mkOption {
-            type = systemd.types.services;
-            default = { };
-          };
-          targets = mkOption {
-            type = systemd.types.targets;
-            default = { };
-          };
-          globalEnvironment = any "Variables of all units." { };
-          enableStrictShellChecks = any "Whether scripts are checked." false;
-          tmpfiles = any "Temporary files." { };
-        };
-
-        environment = {
-          systemPackages = mkOption {
-            type = types.listOf types.package;
-            default = [ ];
-          };
-          etc = mkOption {
-            type = types.attrsOf (
-              types.submodule {
-                options = {
-                  source = mkOption { type = types.package; };
-                  mode = mkOption {
-                    type = types.str;
-                    default = "symlink";
-                  };
-                };
-              }
-            );
-            default = { };
-          };
-        };
-
-        security.polkit = {
-          enable = mkOption {
-            type = types.bool;
-            default = false;
-          };
-          extraConfig = mkOption {
-            type = types.lines;
-            default = "";
-          };
-        };
-
-        services.dbus.packages = mkOption {
-          type = types.listOf types.path;
-          default = [ ];
-        };
-
-        nix = {
-          enable = mkOption {
-            type = types.bool;
-            default = true;
-          };
-          package = mkOption {
-            type = types.package;
-            default = pkgs.nix;
-          };
-          envVars = mkOption {
-            type = types.attrs;
-            default = { };
-          };
-          settings = any "nix.conf." { };
-        };
-
-        programs.ssh.package = mkOption {
-          type = types.package;
-          default = pkgs.openssh;
-        };
-
-        users = {
-          mutableUsers = mkOption {
-            type = types.bool;
-            default = true;
-          };
-          users = any "Users." { };
-          groups = any "Groups." { };
-        };
-
-        system.nssDatabases = any "Where accounts come from." {
-          passwd = [ "files" ];
-          group = [ "files" ];
-        };
-
-        # What only virtual machines have.
-        virtualisation = any "The virtual machine." { };
-        specialisation = mkOption {
-          type = types.attrsOf (
-            types.submodule { options.configuration = mkOption { type = types.unspecified; }; }
-          );
-          default = { };
-        };
+  result =
+    evaluated:
+    let
+      inherit (evaluated) config options;
+    in
+    files config
+    // {
+      inherit config options;
+      said = builtins.mapAttrs (_name: said) {
+        inherit (options.environment) etc systemPackages;
+        inherit (options.services.dbus) packages;
+        inherit (options.security.polkit) extraConfig;
+        inherit (options.systemd) services targets;
+        systemd = options.systemd.packages;
       };
+      failures = map (a: a.message) (
+        lib.filter (a: !a.assertion) (lib.concatLists (said options.assertions))
+      );
+      warnings = lib.concatLists (said options.warnings);
+      inherit (config.services.layeredStores) settings;
     };
 in
 {
-  inherit pkgs real;
+  inherit onDebian files;
 
-  # Evaluates NixOS modules. The result has the text of the units as well.
-  evaluate =
-    modules:
-    let
-      evaluated = lib.evalModules {
-        modules = [
-          declarations
-          { _module.args = { inherit pkgs; }; }
-          ../../module
-        ]
-        ++ modules;
-      };
-      inherit (evaluated) config;
-      systemd = systemdOf config;
-      file =
-        suffix: toUnit: name: unit:
-        let
-          rendered = toUnit (unit // { name = "${name}.${suffix}"; });
-        in
-        {
-          name =
-            if unit.overrideStrategy == "asDropin" then
-              "${name}.${suffix}.d/overrides.conf"
-            else
-              "${name}.${suffix}";
-          value = rendered.text;
-        };
-      links =
-        suffix: name: unit:
-        map (wants: "${wants}.wants/${name}.${suffix}") unit.wantedBy;
-      inherit (config.systemd) services targets;
-    in
-    {
-      inherit config;
-      inherit (evaluated) options;
-      failures = map (a: a.message) (lib.filter (a: !a.assertion) config.assertions);
-      inherit (config) warnings;
-      inherit (config.services.layeredStores) settings;
-      toml = toml config.services.layeredStores.settings;
-      units =
-        lib.mapAttrs' (file "service" systemd.lib.serviceToUnit) services
-        // lib.mapAttrs' (file "target" systemd.lib.targetToUnit) targets;
-      wants =
-        lib.concatLists (lib.mapAttrsToList (links "service") services)
-        ++ lib.concatLists (lib.mapAttrsToList (links "target") targets);
-    };
+  # Modules beside those that are concerned, with what Debian has in the place of packages.
+  evaluate = modules: result (concerned.extendModules { modules = [ onDebian ] ++ modules; });
+
+  # The same in all of NixOS, and with packages that could be built.
+  evaluateSystem = modules: result (system.extendModules { inherit modules; });
 }

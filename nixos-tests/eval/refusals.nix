@@ -29,6 +29,27 @@ let
   nix = settings: sentence: daemon { inherit settings; } "settings.${sentence}";
   named = name: stores { ${name}.lowerStore = "/l"; };
 
+  control = shown: "it holds '${shown}', as it is or percent-encoded, which no store's URL has to; take it away";
+  one = layered { stores.ci.lowerStore = "local"; };
+  withNix =
+    package:
+    onNixOS {
+      imports = [ one ];
+      nix = { inherit package; };
+    };
+  withoutVersion = removeAttrs (nixOf "nix" "0") [
+    "version"
+    "pname"
+    "name"
+  ];
+  nixOf = pname: version: {
+    type = "derivation";
+    name = "${pname}-${version}";
+    inherit pname version;
+    outPath = "/usr";
+    out = nixOf pname version;
+  };
+
   of = name: sentence: "services.layeredStores.stores.${name}.${sentence}";
   quoted = builtins.toJSON;
   repeat = count: text: lib.concatStrings (lib.genList (_index: text) count);
@@ -216,6 +237,26 @@ everyPath
       [
         (of "a" "lowerStore = \"layered:b\": the store lies on itself (a on b on a); let one of them have a lower store of its own")
         (of "b" "lowerStore = \"layered:a\": the store lies on itself (b on a on b); let one of them have a lower store of its own")
+      ];
+  "lower store, somebody else's" =
+    stores
+      {
+        a = {
+          lowerStore = "/l";
+          owner = "root";
+        };
+        b.lowerStore = "layered:a";
+        c = {
+          lowerStore = "layered:a";
+          owner = "0";
+        };
+        d = {
+          lowerStore = "layered:a";
+          owner = "alice";
+        };
+      }
+      [
+        (of "d" "lowerStore = \"layered:a\": the store \"a\" belongs to root and this one to alice, and Nix opens both as one user; give both the same owner")
       ];
   "lower store, a third level" =
     stores
@@ -487,6 +528,81 @@ everyPath
   "settings, a store that is none" = settings { stores.ci = 1; } [
     "services.layeredStores.settings.stores.ci: a table is expected here, not an integer"
   ];
+  "settings, a key of two letters too few" =
+    settings
+      {
+        stores.ci = {
+          lower-store = "/l";
+          uper-laye = "/u";
+        };
+      }
+      [
+        "services.layeredStores.settings.stores.ci.uper-laye: unknown key \"uper-laye\"; did you mean \"upper-layer\"?"
+      ];
+  "settings, the first word of a key" =
+    settings
+      {
+        stores.ci = {
+          lower-store = "/l";
+          work = "/w";
+        };
+      }
+      [
+        "services.layeredStores.settings.stores.ci.work: unknown key \"work\"; did you mean \"work-dir\"?"
+      ];
+  "settings, a key that is like none" =
+    settings
+      {
+        stores.ci = {
+          lower-store = "/l";
+          colour = "red";
+        };
+      }
+      [
+        "services.layeredStores.settings.stores.ci.colour: unknown key \"colour\"; the keys are lower-store, root, upper-layer, work-dir, owner, group, mode, required, autostart, mount-options, ephemeral-size, daemon"
+      ];
+  "settings, keys of a table below" =
+    settings
+      {
+        stores.ci = {
+          lower-store = "/l";
+          daemon.allowed-user = [ ];
+          daemon.setting = { };
+        };
+      }
+      [
+        "services.layeredStores.settings.stores.ci.daemon.allowed-user: unknown key \"daemon.allowed-user\"; did you mean \"allowed-users\"?"
+        "services.layeredStores.settings.stores.ci.daemon.setting: unknown key \"daemon.setting\"; did you mean \"settings\"?"
+      ];
+  "settings, a control character" =
+    nix { substituters = "${builtins.fromJSON "\"\\u001b\""}[2J"; }
+      "substituters: the value holds a control character; take it away";
+  "lower store, a control character" =
+    lower "unix:///run/x${builtins.fromJSON "\"\\u001b\""}" (control "\\u{1b}");
+  "lower store, an encoded control character" = lower "unix:///run/%1b[2J" (control "\\u{1b}");
+  "lower store, an encoded NUL" = lower "local?root=/x&log=/l%00" (control "\\0");
+  "lower store, an encoded line break" = lower "local?root=/x&log%0a=/l" (control "\\n");
+  "lower store, delete" = lower "unix:///run/%7f" (control "\\u{7f}");
+
+  # What opens the stores
+  "Nix before 2.26" = withNix (nixOf "nix" "2.24.14") [
+    "nix.package is Nix 2.24.14, and layered stores need 2.26 or newer; set it to a newer one, for example to pkgs.nixVersions.latest"
+  ];
+  "Lix" = withNix (nixOf "lix" "2.93.0") [
+    "nix.package is Lix 2.93.0, which has no local-overlay stores; set it to a Nix, for example to pkgs.nixVersions.latest"
+  ];
+  # Not refused:
+  "Nix, what became 2.26" = withNix (nixOf "nix" "2.26.0pre20241220_abcdef") [ ];
+  "Nix, of an unknown version" = withNix (withoutVersion // { name = "mine"; }) [ ];
+  "Nix, without a name" = withNix withoutVersion [ ];
+  "Nix, not used" =
+    onNixOS
+      {
+        imports = [ one ];
+        nix.package = nixOf "nix" "2.18.1";
+        nix.enable = false;
+      }
+      [ ];
   "settings, values of other types" =
     settings
       {

@@ -1,17 +1,15 @@
-# What NixOS adds to the package's units, and what a switch finds different between two systems.
-#
-# switch-to-configuration compares the units of the two, drop-ins and all. It reloads a service in
-# which only X-Reload-Triggers= differs, and restarts it if anything else does; it stops an instance
-# of a template whose drop-ins have gone, and never restarts a target.
+# What NixOS adds to the package's units. What a switch makes of them is for the scenario `switch`.
 {
   lib,
-  evaluate,
+  pkgs,
+  nixos,
   layered,
 }:
 
 let
   lines = text: lib.filter (line: line != "") (lib.splitString "\n" text);
-  ci = evaluate [
+  ciModules = [
+    nixos.onDebian
     (layered {
       stores.ci = {
         lowerStore = "/srv/base";
@@ -36,57 +34,66 @@ let
         ephemeral.size = "1G";
       };
     })
-    { users.users.alice = { }; }
+    { users.users.alice.isNormalUser = true; }
   ];
+  ci = nixos.evaluateSystem ciModules;
+  others = nixos.evaluateSystem (
+    ciModules
+    ++ [
+      {
+        networking.proxy.default = "http://proxy.example:3128";
+        nix.envVars.TMPDIR = "/var/tmp";
+        nix.daemonCPUSchedPolicy = "batch";
+        nix.daemonIOSchedClass = "idle";
+        nix.daemonIOSchedPriority = 7;
+        systemd.services."layered-stores-nix-daemon@" = {
+          path = [ pkgs.hello ];
+          after = [ "here.service" ];
+          environment.HERE = "yes";
+          serviceConfig = {
+            Nice = 5;
+            # The store has its own.
+            MemoryMax = "1G";
+          };
+        };
+        systemd.services."layered-stores-nix-daemon@ci" = {
+          path = [ pkgs.jq ];
+          serviceConfig.OOMScoreAdjust = 500;
+        };
+        services.layeredStores.stores.ci.daemon.serviceConfig.CPUWeight = lib.mkForce 20;
+      }
+    ]
+  );
+  unlimited = nixos.evaluateSystem [
+    nixos.onDebian
+    (layered {
+      stores.ci.lowerStore = "local";
+      stores.ci.daemon.enable = true;
+      stores.ci.daemon.allowedUsers = [ "alice" ];
+    })
+    { users.users.alice.isNormalUser = true; }
+  ];
+  # An option of NixOS since 25.05.
+  bundle = lib.optional (!ci.options.security.pki ? caBundle) {
+    options.security.pki.caBundle = lib.mkOption { default = "/elsewhere/bundle.crt"; };
+  };
   daemon = "layered-storesd.service.d/overrides.conf";
   template = "layered-stores-nix-daemon@.service.d/overrides.conf";
   instance = name: "layered-stores-nix-daemon@${name}.service.d/overrides.conf";
-  has = unit: line: lib.elem line (lines ci.units.${unit});
-
-  # The transitions of switch.nix: every unit that differs, and how.
-  machine = (import ../switch.nix).nodes.machine;
-  base = evaluate [ machine ];
-  transition =
-    name:
-    differences base (evaluate [
-      machine
-      base.config.specialisation.${name}.configuration
-    ]);
-  differences =
-    old: new:
-    lib.filterAttrs (_unit: difference: difference != null) (
-      lib.mapAttrs (
-        unit: _text:
-        let
-          before = lines (old.units.${unit} or "");
-          after = lines (new.units.${unit} or "");
-          gone = lib.subtractLists after before;
-          come = lib.subtractLists before after;
-          keys = lib.unique (map (line: lib.head (lib.splitString "=" line)) (gone ++ come));
-        in
-        if !new.units ? ${unit} then
-          "gone"
-        else if !old.units ? ${unit} then
-          "new"
-        else if keys == [ ] then
-          null
-        else
-          keys
-      ) (old.units // new.units)
-    );
-  reloaded.${daemon} = [ "X-Reload-Triggers" ];
+  has = unit: has' ci.units.${unit};
+  has' = text: line: lib.elem line (lines text);
 in
 {
   "test the package's units are used, and extended" = {
     expr = {
-      packages = map (package: package.name) ci.config.systemd.packages;
+      packages = map (package: package.pname) (lib.concatLists ci.said.systemd);
       units = lib.attrNames ci.units;
       inherit (ci) wants;
     };
     expected = {
       packages = [ "layered-stores" ];
       units = [
-        "layered-stores-filesystems.target"
+        "layered-stores-filesystems-ci.target"
         template
         (instance "ci")
         "layered-stores-wait.service.d/overrides.conf"
@@ -94,17 +101,17 @@ in
         daemon
       ];
       wants = [
-        "multi-user.target.wants/layered-storesd.service"
+        "layered-storesd.service.wants/layered-stores-filesystems-ci.target"
         "multi-user.target.wants/layered-stores.target"
-        "layered-storesd.service.wants/layered-stores-filesystems.target"
+        "multi-user.target.wants/layered-storesd.service"
       ];
     };
   };
 
   "test the package is known to D-Bus, polkit and the shell" = {
     expr = {
-      dbus = map (package: package.name) ci.config.services.dbus.packages;
-      system = map (package: package.name) ci.config.environment.systemPackages;
+      dbus = map (package: package.pname) (lib.concatLists ci.said.packages);
+      system = map (package: package.pname) (lib.concatLists ci.said.systemPackages);
       polkit = ci.config.security.polkit.enable;
       inherit (ci.config.environment.etc."layered-stores/config.toml".source) name;
     };
@@ -118,7 +125,7 @@ in
 
   "test the configuration is checked while the system is built" = {
     expr = lib.hasInfix "/usr/bin/layered-stores check-config /nix/store/" (
-      ci.config.environment.etc."layered-stores/config.toml".source.script
+      ci.config.environment.etc."layered-stores/config.toml".source.buildCommand
     );
     expected = true;
   };
@@ -149,20 +156,116 @@ in
       more = lib.subtractLists (lines ci.units.${template}) (lines ci.units.${instance "ci"});
     };
     expected = {
-      missing = [ ];
+      # What the switch reads of a template alone, for an instance whose store has gone.
+      missing = [ "X-RestartIfChanged=false" ];
       more = [
         "MemoryMax=8G"
         "TasksMax=4096"
+        "X-RestartIfChanged=true"
       ];
     };
   };
 
-  "test filesystems are mounted before the daemon looks" = {
+  # switch-to-configuration-ng stops an instance whose last drop-in has gone, which the last limit
+  # would take along.
+  "test each instance has a drop-in, limits or not" = {
+    expr = unlimited.units ? ${instance "ci"};
+    expected = true;
+  };
+
+  "test what others say of the template or of an instance is not void" = {
+    expr = map (line: has' others.units.${instance "ci"} line) [
+      "Nice=5"
+      "OOMScoreAdjust=500"
+      "MemoryMax=8G"
+      "CPUWeight=20"
+      "Environment=\"HERE=yes\""
+      "After=here.service"
+    ];
+    expected = [
+      true
+      true
+      true
+      true
+      true
+      true
+    ];
+  };
+  "test both PATHs are one, and nothing is in it twice" = {
     expr =
-      lib.filter (line: lib.hasPrefix "WantsMountsFor=" line || lib.hasPrefix "Before=" line)
-        (lines ci.units."layered-stores-filesystems.target");
+      let
+        path = lib.splitString ":" others.config.systemd.services."layered-stores-nix-daemon@ci".environment.PATH;
+      in
+      {
+        has = map (package: lib.elem "${package}/bin" path) [
+          pkgs.hello
+          pkgs.jq
+        ];
+        twice = lib.length path - lib.length (lib.unique path);
+      };
+    expected = {
+      has = [
+        true
+        true
+      ];
+      twice = 0;
+    };
+  };
+
+  # As nixos/modules/services/system/nix-daemon.nix has it.
+  "test a store's Nix daemon has what the host's has" = {
+    expr =
+      let
+        host = others.config.systemd.services.nix-daemon;
+        ours = others.config.systemd.services."layered-stores-nix-daemon@ci";
+        template = others.config.systemd.services."layered-stores-nix-daemon@";
+        inSection = [
+          "CPUSchedulingPolicy"
+          "IOSchedulingClass"
+          "IOSchedulingPriority"
+        ];
+      in
+      {
+        environment = lib.filterAttrs (
+          name: value: name != "PATH" && ours.environment.${name} or null != value
+        ) host.environment;
+        serviceConfig = lib.filter (
+          key: ours.serviceConfig.${key} or null != host.serviceConfig.${key}
+        ) inSection;
+        proxy = ours.environment.https_proxy;
+        path = lib.subtractLists (lib.splitString ":" ours.environment.PATH) (
+          lib.splitString ":" host.environment.PATH
+        );
+        # And is restarted with it.
+        triggers =
+          template.restartTriggers == host.restartTriggers
+          && ours.unitConfig.X-Restart-Triggers == template.unitConfig.X-Restart-Triggers;
+      };
+    expected = {
+      environment = { };
+      serviceConfig = [ ];
+      proxy = "http://proxy.example:3128";
+      path = [ ];
+      triggers = true;
+    };
+  };
+  "test certificates are where NixOS says they are" = {
+    expr = lib.getAttrs [
+      "CURL_CA_BUNDLE"
+      "NIX_SSL_CERT_FILE"
+    ] (nixos.evaluateSystem (bundle ++ ciModules)).config.systemd.services."layered-stores-nix-daemon@ci".environment;
+    expected = {
+      CURL_CA_BUNDLE = "/elsewhere/bundle.crt";
+      NIX_SSL_CERT_FILE = "/elsewhere/bundle.crt";
+    };
+  };
+
+  "test filesystems are mounted before the daemon looks" = {
+    expr = lib.filter (
+      line: lib.hasPrefix "RequiresMountsFor=" line || lib.hasPrefix "Before=" line
+    ) (lines ci.units."layered-stores-filesystems-ci.target");
     expected = [ "Before=layered-storesd.service" ]
-    ++ map (directory: "WantsMountsFor=${directory}") [
+    ++ map (directory: "RequiresMountsFor=${directory}") [
       "/srv/ci/root"
       "/data/ci/upper"
       "/data/ci/work"
@@ -171,7 +274,7 @@ in
   };
 
   "test remounting is a matter of polkit, by store" = {
-    expr = ci.config.security.polkit.extraConfig;
+    expr = lib.concatStrings ci.said.extraConfig;
     expected = ''
       // services.layeredStores.stores.ci: who may have it remounted
       polkit.addRule(function(action, subject) {
@@ -185,39 +288,5 @@ in
         }
       });
     '';
-  };
-
-  "test a switch: something else has changed" = {
-    expr = transition "unrelated";
-    expected = { };
-  };
-  "test a switch: a store has changed" = {
-    expr = transition "changed";
-    expected = reloaded // {
-      # A target is never restarted.
-      "layered-stores-filesystems.target" = [ "WantsMountsFor" ];
-    };
-  };
-  "test a switch: a store has come" = {
-    expr = transition "added";
-    expected = reloaded // {
-      "layered-stores-filesystems.target" = [ "WantsMountsFor" ];
-    };
-  };
-  "test a switch: a store has gone" = {
-    expr = transition "removed";
-    expected = reloaded // {
-      "layered-stores-filesystems.target" = [ "WantsMountsFor" ];
-      ${instance "doomed"} = "gone";
-    };
-  };
-  "test a switch: the limits of a Nix daemon have changed" = {
-    expr = transition "limited";
-    expected.${instance "served"} = [ "MemoryMax" ];
-  };
-  # The units themselves are in the package.
-  "test a switch: the package has changed" = {
-    expr = transition "upgraded";
-    expected = reloaded;
   };
 }

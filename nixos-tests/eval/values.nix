@@ -1,12 +1,14 @@
 # What follows from a configuration: the daemon's file, and the values for use elsewhere.
 {
   lib,
-  evaluate,
+  pkgs,
+  nixos,
   withStores,
   layered,
 }:
 
 let
+  inherit (nixos) evaluate;
   store = evaluated: name: evaluated.config.services.layeredStores.stores.${name};
   hook = "remount-hook=/run/current-system/sw/bin/layered-stores-remount";
   state = "/var/lib/layered-stores/stores";
@@ -68,19 +70,105 @@ in
   "test nothing happens without enable" = {
     expr =
       let
-        evaluated = evaluate [ { services.layeredStores.stores.BAD.lowerStore = "up"; } ];
+        evaluated = nixos.evaluateSystem [ { services.layeredStores.stores.BAD.lowerStore = "up"; } ];
       in
       {
-        inherit (evaluated) failures warnings units;
-        inherit (evaluated.config.environment) etc systemPackages;
+        inherit (evaluated)
+          failures
+          warnings
+          units
+          said
+          ;
       };
     expected = {
       failures = [ ];
       warnings = [ ];
       units = { };
-      etc = { };
-      systemPackages = [ ];
+      said = lib.genAttrs [
+        "etc"
+        "extraConfig"
+        "packages"
+        "services"
+        "systemPackages"
+        "systemd"
+        "targets"
+      ] (_option: [ ]);
     };
+  };
+
+  "test others may read what follows from a store without enable" = {
+    expr =
+      let
+        inherit (nixos.evaluate [ { services.layeredStores.stores.ci.lowerStore = "local"; } ]) config;
+        ci = config.services.layeredStores.stores.ci;
+      in
+      {
+        inherit (ci) uri realStoreDir mountUnit;
+      };
+    expected = {
+      uri = "local-overlay://?root=${state}/ci/root&lower-store=local&upper-layer=${state}/ci/upper&${hook}";
+      realStoreDir = "${state}/ci/root/nix/store";
+      mountUnit = "var-lib-layered\\x2dstores-stores-ci-root-nix-store.mount";
+    };
+  };
+
+  # As options of NixOS itself do.
+  "test directories may be paths, and are not copied into the store" = {
+    expr =
+      (withStores {
+        ci = {
+          lowerStore = /srv/base;
+          root = /srv/ci/root;
+          upperLayer = /srv/ci/upper;
+          workDir = /srv/ci/work;
+          daemon.enable = true;
+          daemon.socketPath = /run/ci.sock;
+        };
+      }).settings.stores.ci;
+    expected = {
+      lower-store = "/srv/base";
+      root = "/srv/ci/root";
+      upper-layer = "/srv/ci/upper";
+      work-dir = "/srv/ci/work";
+      daemon.allowed-users = [ "root" ];
+      daemon.socket-path = "/run/ci.sock";
+    };
+  };
+  "test a daemon's service takes what every service takes" = {
+    expr =
+      lib.filter (line: lib.hasPrefix "IO" line || lib.hasPrefix "Exec" line || lib.hasPrefix "CPUW" line)
+        (
+          lib.splitString "\n"
+            (evaluate [
+              (layered {
+                stores.ci = {
+                  lowerStore = "local";
+                  daemon.enable = true;
+                  daemon.serviceConfig = {
+                    CPUWeight = lib.mkDefault 20;
+                    IOWeight = null;
+                    ExecStartPre = [
+                      ""
+                      pkgs.hello
+                    ];
+                    IOReadIOPSMax = [ "/dev/vda 1000" ];
+                  };
+                };
+              })
+              # More than one place may say something.
+              (layered { stores.ci.daemon.serviceConfig.IOReadIOPSMax = [ "/dev/vdb 1000" ]; })
+            ]).units."layered-stores-nix-daemon@ci.service.d/overrides.conf"
+        );
+    expected = [
+      "CPUWeight=20"
+      "ExecStartPre="
+      "ExecStartPre=${pkgs.hello}"
+      "IOReadIOPSMax=/dev/vda 1000"
+      "IOReadIOPSMax=/dev/vdb 1000"
+      "IOSchedulingClass=best-effort"
+      "IOSchedulingPriority=4"
+      "IOWeight="
+    ];
   };
 
   "test a group of users" = {
@@ -302,7 +390,6 @@ in
             users.users.someone.name = "alice";
             users.groups.ci = { };
             users.groups.ops = { };
-            users.groups.wheel = { };
           }
         ];
         network = warnings [
@@ -326,7 +413,6 @@ in
           (say "owner" "user" "alice")
           (say "remountGroups" "group" "ops")
           (say "daemon.allowedGroups" "group" "ci")
-          (say "daemon.trustedUsers" "group" "wheel")
         ];
       declared = [ ];
       network = [ ];
