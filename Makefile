@@ -35,7 +35,7 @@ venv := target/venv/bin
 shell_scripts = $(shell find . \( -path ./target -o -path ./.git \) -prune -o -type f -exec \
 	awk 'FNR == 1 { if (/^\#!.*[\/ ](bash|dash|sh)$$/) print FILENAME; nextfile }' {} +)
 # The driver and the scenarios have a check of their own.
-python_scripts = nix/check-format tools/check-docs tools/check-layers tools/dbus-reference $(wildcard demo/*.py benches/*.py)
+python_scripts = nix/check-format tools/check-docs tools/dbus-reference $(wildcard demo/*.py benches/*.py)
 xml_files = $(wildcard data/*.xml data/*.conf data/*.policy)
 
 # For every recipe: programs that rustup and Debian put elsewhere, the driver of the test machines, and no bytecode in
@@ -49,7 +49,7 @@ heading = @printf '\n==> %s\n'
 .DEFAULT_GOAL := help
 # Steps follow one another, so that the first failure is the last thing on the screen.
 .NOTPARALLEL:
-.PHONY: help build install uninstall deb docs lint audit test test-unit test-scenarios demo bench clean setup-test
+.PHONY: help build install uninstall deb docs lint audit test test-unit test-scenarios test-kernels demo bench clean setup-test
 
 help: ## this list
 	@echo 'make TARGET, where TARGET is'
@@ -89,7 +89,7 @@ install: build ## executables, units, D-Bus and polkit files, man pages, complet
 	$(INSTALL) -m 644 data/org.layeredstores1.policy "$(DESTDIR)$(POLKITDIR)"; \
 	mkdir "$$generated/man" "$$generated/completions"; \
 	$(release)/layered-stores generate-man "$$generated/man"; \
-	for section in 1 8; do \
+	for section in 1 5 8; do \
 		into $(MANDIR)/man$$section; \
 		$(INSTALL) -m 644 "$$generated"/man/*.$$section "$(DESTDIR)$(MANDIR)/man$$section"; \
 	done; \
@@ -107,20 +107,26 @@ install: build ## executables, units, D-Bus and polkit files, man pages, complet
 	$(INSTALL) -m 644 $(wildcard docs/images/*.svg) "$(DESTDIR)$(DOCDIR)/docs/images"; \
 	$(INSTALL) -m 644 data/config.toml "$(DESTDIR)$(DOCDIR)/examples"; \
 	echo 'installed into $(DESTDIR)$(PREFIX)'; \
-	[ -n "$(DESTDIR)" ] || echo 'now: systemctl daemon-reload && systemctl enable --now layered-storesd'
+	[ -n "$(DESTDIR)" ] || echo 'now: systemctl daemon-reload && systemctl reload dbus && systemctl enable --now layered-storesd'
 
-uninstall: ## what install installed; stores and their configuration stay
+# The mounts are units of their own and stay, as they do when the daemon ends.
+uninstall: ## what install installed, stopped and disabled before; stores and their configuration stay
+	@[ -n "$(DESTDIR)" ] || ! command -v systemctl >/dev/null || { set -x; \
+		systemctl stop 'layered-stores-nix-daemon@*.socket' 'layered-stores-nix-daemon@*.service'; \
+		systemctl disable --now $(filter-out %@.service,$(units)) || true; }
 	rm -f $(addprefix $(DESTDIR)$(BINDIR)/,$(executables))
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(units))
 	rm -f $(DESTDIR)$(DBUSPOLICYDIR)/org.layeredstores1.conf
 	rm -f $(DESTDIR)$(DBUSSERVICEDIR)/org.layeredstores1.service
 	rm -f $(addprefix $(DESTDIR)$(DBUSINTERFACEDIR)/,$(interfaces))
 	rm -f $(DESTDIR)$(POLKITDIR)/org.layeredstores1.policy
-	rm -f $(DESTDIR)$(MANDIR)/man1/layered-stores*.1 $(DESTDIR)$(MANDIR)/man8/layered-stores*.8
+	rm -f $(DESTDIR)$(MANDIR)/man1/layered-stores*.1 $(DESTDIR)$(MANDIR)/man5/layered-stores.toml.5 $(DESTDIR)$(MANDIR)/man8/layered-stores*.8
 	rm -f $(DESTDIR)$(BASHCOMPLETIONDIR)/layered-stores
 	rm -f $(DESTDIR)$(ZSHCOMPLETIONDIR)/_layered-stores
 	rm -f $(DESTDIR)$(FISHCOMPLETIONDIR)/layered-stores.fish
 	rm -rf $(DESTDIR)$(DOCDIR)
+	@[ -n "$(DESTDIR)" ] || ! command -v systemctl >/dev/null || systemctl daemon-reload
+	@echo 'stores that are up stay mounted until the next boot: findmnt --types overlay'
 
 # What is in the package is what install makes, so there is one list of files.
 deb: ## a Debian package, into target/debian
@@ -139,16 +145,13 @@ setup-test:
 
 lint: setup-test ## formatting, clippy, dependencies, layers, documents, spelling, shell, Python, Nix, XML
 	$(heading) 'lint: formatting'
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 	$(heading) 'lint: clippy'
-	$(CARGO) clippy --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(heading) 'lint: documentation'
-	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' $(CARGO) doc --no-deps --document-private-items --locked
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' $(CARGO) doc --workspace --no-deps --document-private-items --locked
 	$(heading) 'lint: dependencies (make audit asks for advisories, over the network)'
 	$(CARGO) deny --locked check bans licenses sources
-	$(heading) 'lint: layers'
-	tools/check-layers --self-test
-	tools/check-layers
 	$(heading) 'lint: documents'
 	tools/check-docs --self-test
 	tools/check-docs
@@ -172,11 +175,23 @@ audit: ## known vulnerabilities of dependencies, over the network
 
 test-unit: setup-test ## unit, property and integration tests
 	$(heading) 'test: unit, property and integration tests'
-	$(CARGO) nextest run --locked
+	$(CARGO) nextest run --workspace --locked
 
 test-scenarios: setup-test ## the scenarios of nixos-tests/ on a booted Debian; needs root
 	$(heading) 'test: scenarios on a booted Debian'
 	@python3 -m driver run $(SCENARIOS)
+
+# A kernel, and the Debian that it runs under. Every instruction is emulated: this takes an afternoon.
+KERNELS ?= 6.1/trixie 6.12/trixie sid/sid
+test-kernels: ## some scenarios with other kernels, in qemu; needs root and much time
+	@tools/setup kernels
+	$(heading) 'test: the test machine, and what a power cut takes from its disk'
+	@python3 -m driver selftest
+	@failed=; for kernel in $(KERNELS); do \
+		printf '\n==> test: scenarios with the kernel %s\n' "$$kernel"; \
+		python3 -m driver run --kernel "$${kernel%/*}" --suite "$${kernel#*/}" \
+			$(or $(SCENARIOS),basic remount stack restart powercut) || failed="$$failed $$kernel"; \
+	done; [ -z "$$failed" ] || { echo "failed with the kernels$$failed"; exit 1; }
 
 test: ## everything: lint, test-unit, test-scenarios
 	@$(MAKE) --no-print-directory lint

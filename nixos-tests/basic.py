@@ -8,6 +8,8 @@ import shlex
 
 LOWER = "/srv/lower"
 CI = "/var/lib/layered-stores/stores/ci"
+# Below which everything is installed.
+PREFIX = '"$(dirname "$(dirname "$(readlink -f "$(command -v layered-stores)")")")"'
 STORE_INTERFACE = "org.layeredstores1.Store"
 MANAGER = "org.layeredstores1 /org/layeredstores1 org.layeredstores1.Manager"
 
@@ -152,10 +154,13 @@ with subtest("list and status say at a glance how stores are"):
     t.assertEqual(machine.succeed("layered-stores list"), "ci    active\nhost  active\n")
     table = machine.succeed("layered-stores status")
     t.assertRegex(table, r"STORE +STATE +LOWER STORE +PATHS +REFRESHED")
-    t.assertRegex(table, rf"(?m)^● ci +active +{LOWER} +2 +-$")
+    # On a slow machine a build has looked for a name before the lower store had it.
+    t.assertRegex(table, rf"(?m)^● ci +active +{LOWER} +2 +(-|.+ ago: reconfigured.*)$")
     t.assertRegex(table, r"(?m)^● host +active +local +")
     page = machine.succeed("layered-stores status ci")
-    t.assertTrue(page.startswith("● ci: active\n"), page)
+    t.assertRegex(page, r"\A● ci: active for \d+ s\n")
+    t.assertRegex(page, r"(?m)^ +2 paths, \d+ KiB; [\d.]+ [GM]iB free$")
+    t.assertRegex(page, r"(?m)layered-storesd\[\d+\]: ci: active, mounted at")
     for piece in (f"{LOWER}/nix/store", f"{CI}/upper", "2 paths", f"{CI}/root/nix/store"):
         t.assertIn(piece, page)
     t.assertNotIn("\x1b", table + page, "no colours where nobody sees them")
@@ -173,7 +178,10 @@ with subtest("The JSON of status is what D-Bus says, key by key"):
     def kebab_case(name: str) -> str:
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
 
-    t.assertEqual(sorted(got), sorted(map(kebab_case, names)))
+    counted = {"paths", "bytes", "free-bytes", "limit-bytes", "lower-paths"}
+    t.assertEqual(set(got), counted | set(map(kebab_case, names)))
+    t.assertEqual((got["paths"], got["limit-bytes"]), (2, None))
+    assert isinstance(got["bytes"], int) and 0 < got["bytes"] < 100_000, got
     t.assertIn("last-refresh-usec", got)
     for name in set(names) - {"Problems"}:
         value = machine.succeed(
@@ -236,7 +244,7 @@ with subtest("Exit codes: 0 success, 1 failure, 2 wrong use, 3 there are problem
     said = machine.fail("layered-stores check-config /tmp/bad.toml 2>&1")
     t.assertIn('/tmp/bad.toml:1:9: store "x": key "lower-store" is missing', said)
     machine.succeed("mount -t tmpfs none /var/lib/layered-stores/stores/ci/root/nix/store")
-    machine.wait_until_succeeds("layered-stores list | grep -q 'ci *failed'")
+    machine.wait_until_succeeds("layered-stores list | grep 'ci *failed'")
     t.assertEqual(exit_code("layered-stores status ci"), 3)
     t.assertEqual(exit_code("layered-stores status"), 3)
     t.assertEqual(exit_code("layered-stores status host"), 0)
@@ -269,26 +277,44 @@ with subtest("Manual pages and completions are installed"):
 
     def installed(file: str) -> str:
         """Where a file is, whose name may have an ending such as .gz; it must be somewhere."""
-        share = "/usr/share /usr/local/share /run/current-system/sw/share"
-        find = f"find -L {share} -path '*/{file}*' 2>/dev/null || true"
-        return machine.succeed(f"{{ {find}; }} | sort | head -n 1 | grep .").strip()
+        find = f"find -L {PREFIX}/share -path '*/{file}*'"
+        return machine.succeed(f"{find} | sort | head -n 1 | grep .").strip()
 
     for page in ("layered-stores.1", "layered-stores-status.1", "layered-stores-check-config.1"):
         installed(f"man1/{page}")
     for page in ("layered-storesd.8", "layered-stores-remount.8"):
         installed(f"man8/{page}")
-    installed("zsh/site-functions/_layered-stores")
-    installed("fish/vendor_completions.d/layered-stores.fish")
+    for page in ("man1/layered-stores.1", "man5/layered-stores.toml.5"):
+        text_of = machine.succeed(f"gzip --decompress --force --stdout {installed(page)}")
+        t.assertIn("\n.SH FILES\n", text_of)
+        # Not filled, and not obeyed.
+        t.assertRegex(text_of, r"(?s)\n\.SH EXAMPLES\n\.nf\n([^.][^\n]*\n|\n)+\.fi\n")
+    zsh = installed("zsh/site-functions/_layered-stores")
+    fish = installed("fish/vendor_completions.d/layered-stores.fish")
     completion = installed("bash-completion/completions/layered-stores")
-    offered = machine.succeed(
-        f"""
-        set +u; source "{completion}"
-        function=$(complete -p layered-stores | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
-        COMP_WORDS=(layered-stores sta) COMP_CWORD=1
-        $function layered-stores sta layered-stores; echo "${{COMPREPLY[@]}}"
-        """
-    )
-    t.assertEqual(sorted(offered.split()), ["start", "status"])
+
+    def offered(*words: str) -> list[str]:
+        """What bash offers for the last word."""
+        typed = " ".join(f"'{word}'" for word in ("layered-stores", *words))
+        said = machine.succeed(
+            f"""
+            set +u; source "{completion}"
+            function=$(complete -p layered-stores | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+            COMP_WORDS=({typed}) COMP_CWORD={len(words)}
+            $function layered-stores "${{COMP_WORDS[-1]}}" "${{COMP_WORDS[-2]}}"
+            echo "${{COMPREPLY[@]}}"
+            """
+        )
+        return sorted(said.split())
+
+    t.assertEqual(offered("sta"), ["start", "status"])
+    t.assertEqual(offered("status", ""), ["ci", "host"])
+    t.assertEqual(offered("remove-data", "c"), ["ci"])
+    # What units and completions run is for nobody to type.
+    for hidden in ("nix-daemon", "count", "generate-man", "generate-completions", "store-names"):
+        t.assertNotIn(hidden, offered(""))
+    machine.fail(f"grep -e generate-man -e generate-completions {zsh} {fish}")
+    machine.succeed(f"grep -F '(layered-stores store-names' {fish}", f"grep -F '_names' {zsh}")
 
 with subtest("The journal reads well, and is filtered by store"):
     lines = machine.succeed("journalctl --boot --output=cat STORE=ci").splitlines()

@@ -57,7 +57,7 @@ def start_host_daemon() -> None:
     """The machine's own Nix daemon, where it is not there already."""
     machine.succeed(
         "systemctl start nix-daemon.socket 2>/dev/null || "
-        "systemd-run --quiet --collect --unit=host-nix-daemon nix-daemon --daemon"
+        "systemd-run --quiet -E PATH --collect --unit=host-nix-daemon nix-daemon --daemon"
     )
     machine.wait_for_file("/nix/var/nix/daemon-socket/socket", timeout=20)
 
@@ -141,6 +141,37 @@ with subtest("It goes with the store, and comes back with it"):
     machine.succeed("layered-stores start ci")
     machine.succeed(f"test -S {SOCKET}")
     build("alice", "again", "echo > $out")
+
+with subtest("A socket that somebody stopped, or that systemd gave up, is said, and started again"):
+
+    def daemon_failed() -> str:
+        """What is said about the Nix daemon; empty if all is well."""
+        return "".join(p["message"] for p in status()["problems"] if p["code"] == "daemon-failed")
+
+    def is_said(words: str) -> None:
+        retry(lambda _: words in daemon_failed(), 30)
+
+    def is_mended() -> None:
+        retry(lambda _: not daemon_failed(), 120)
+        machine.require_unit_state(SOCKET_UNIT)
+
+    machine.succeed(f"systemctl stop '{SOCKET_UNIT}'")
+    is_said("somebody has stopped its socket")
+    is_mended()
+    build("alice", "after-stop", "echo > $out")
+    # A daemon that ends at once is started for the same connection again and again.
+    drop_in = f"/run/systemd/system/{SERVICE}.d"
+    machine.succeed(
+        f"systemctl stop '{SERVICE}'",
+        f"mkdir {drop_in}",
+        f"printf '[Service]\\nExecStart=\\nExecStart=false\\n' >{drop_in}/fail.conf",
+        "systemctl daemon-reload",
+    )
+    machine.fail(build_command("alice", "never", "echo > $out"))
+    is_said("systemd has given its socket up (")
+    machine.succeed(f"rm -r {drop_in}", "systemctl daemon-reload")
+    is_mended()
+    build("alice", "after-failure", "echo > $out")
 
 with subtest("A restart of layered-storesd is nothing to it"):
     since = machine.get_unit_property(SERVICE, "InvocationID")

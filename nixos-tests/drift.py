@@ -13,7 +13,7 @@ UNIT = "srv-ci-root-nix-store.mount"
 OBJECT = "/org/layeredstores1/store/ci"
 PATH = f"{'0' * 32}-path"
 OPTIONS = (
-    f"lowerdir={LOWER}/nix/store,upperdir={UPPER},workdir=/srv/ci/work,"
+    f"nosuid,nodev,lowerdir={LOWER}/nix/store,upperdir={UPPER},workdir=/srv/ci/work,"
     "index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off"
 )
 
@@ -81,7 +81,7 @@ machine.wait_for_unit("layered-storesd.service")
 machine.succeed(
     f"install -D /dev/stdin {LOWER}/nix/store/{PATH}/file <<<first",
     "layered-stores start ci",
-    "systemd-run --quiet --unit=monitor --property=StandardOutput=truncate:/run/signals "
+    "systemd-run --quiet -E PATH --unit=monitor --property=StandardOutput=truncate:/run/signals "
     "busctl monitor --json=short --match \"type='signal',sender='org.layeredstores1'\"",
 )
 is_usable()
@@ -173,12 +173,12 @@ with subtest("A daemon that starts under a cover comes to the same conclusion"):
     assert list(problems()) == ["covered"], problems()
     # Even if it should go.
     machine.succeed(f"mv {CONFIG} /srv/config.toml")
-    for command in ["layered-stores reload", "systemctl restart layered-storesd"]:
+    for command in ["! layered-stores reload", "systemctl restart layered-storesd"]:
         machine.succeed(command, timeout=20)
         assert list(problems()) == ["covered"], problems()
     assert mounts() == ["overlay", "tmpfs"], mounts()
     machine.succeed(f"mv /srv/config.toml {CONFIG}")
-    machine.succeed("layered-stores reload", timeout=20)
+    machine.fail("layered-stores reload", timeout=20)
     machine.succeed(f"umount {MERGED}")
     wait_for_state("active")
     is_usable()
@@ -222,7 +222,7 @@ with subtest("What is mounted by hand as it should be is taken over, and left mo
     is_usable()
     # Declared no more, it should go, and who has to see to that is said.
     machine.succeed(f"mv {CONFIG} /srv/config.toml")
-    for command in ["layered-stores reload", "systemctl restart layered-storesd"]:
+    for command in ["! layered-stores reload", "systemctl restart layered-storesd"]:
         # Neither waits for that.
         machine.succeed(command, timeout=20)
         assert status()["state"] == "failed", status()
@@ -277,6 +277,47 @@ with subtest("The lower store grows and shrinks under it"):
     is_usable()
 
 
+# Writes into a path of the lower store without a pause, and takes away again what it has written.
+FILLER = f"""
+import os, time
+path = "{LOWER}/nix/store/{"2" * 32}-filled"
+os.mkdir(path)
+end = time.monotonic() + 12
+while time.monotonic() < end:
+    for change in (lambda name: open(name, "w").close(), os.unlink):
+        for number in range(2000):
+            change(f"{{path}}/{{number}}")
+"""
+# Looks for paths before they come, and says how many milliseconds after that each is found.
+FINDER = f"""
+import os, time
+for number in range(30):
+    name = f"{{number:032d}}-awaited"
+    found = "{MERGED}/" + name
+    if os.path.exists(found):
+        raise SystemExit(f"{{name}} is there already")
+    os.mkdir("{LOWER}/nix/store/" + name)
+    began = time.monotonic()
+    while not os.path.exists(found):
+        time.sleep(0.001)
+    print(int((time.monotonic() - began) * 1000))
+"""
+
+with subtest("A new path is found at once while the lower store is filled, and without a swap"):
+    for name, script in (("filler", FILLER), ("finder", FINDER)):
+        machine.succeed(f"cat > /srv/{name}.py << 'END'\n{script}END\n")
+    swaps = status()["swap-count"]
+    machine.succeed("systemd-run --quiet --unit=filler -E PATH python3 /srv/filler.py")
+    times = sorted(int(line) for line in machine.succeed("python3 /srv/finder.py").splitlines())
+    machine.log(f"found after {times[len(times) // 2]} ms, the slowest after {times[-1]} ms")
+    assert times[len(times) // 2] < 150, times
+    machine.wait_until_fails("systemctl is-active --quiet filler", timeout=30)
+    assert status()["swap-count"] == swaps, status()
+    machine.succeed(f"rm -r {LOWER}/nix/store/*-awaited {LOWER}/nix/store/*-filled")
+    machine.succeed("layered-stores remount ci")
+    is_usable()
+
+
 with subtest("The lower store directory is replaced by another one"):
     directory = f"{LOWER}/nix/store"
     machine.succeed(
@@ -316,12 +357,13 @@ with subtest("The lower store is gone for a while"):
 
 with subtest("What depends on the store's unit comes after it and goes with it"):
     machine.succeed("layered-stores stop ci")
+    sleep = machine.succeed("command -v sleep").strip()
     for name, dependency in [
         ("after", f"After={UNIT}"),
         ("needs", f"RequiresMountsFor={MERGED}"),
         ("bound", f"BindsTo={UNIT}\nAfter={UNIT}"),
     ]:
-        service = f"[Unit]\n{dependency}\n[Service]\nExecStart=/bin/sleep 1000"
+        service = f"[Unit]\n{dependency}\n[Service]\nExecStart={sleep} 1000"
         machine.succeed(f"printf '{service}\n' >/run/systemd/system/{name}.service")
     # Running while there is no such unit yet, this one makes systemd remember that.
     machine.succeed("systemctl start after")
@@ -363,7 +405,7 @@ with subtest("When the machine goes down, so do the mounts, and nobody brings th
         "printf '[Journal]\\nStorage=persistent\\n' >/run/systemd/journald.conf.d/zz.conf",
         "systemctl restart systemd-journald && journalctl --flush",
         # Somebody uses the store until the end.
-        f"systemd-run --quiet --unit=user sh -c 'exec sleep 1000 <{MERGED}/{PATH}/file'",
+        f"systemd-run --quiet -E PATH --unit=user sh -c 'exec sleep 1000 <{MERGED}/{PATH}/file'",
     )
     machine.succeed("logger 'now it goes down'; journalctl --sync")
     began = time.monotonic()

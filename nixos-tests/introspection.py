@@ -28,9 +28,10 @@ def live_interface(object_path: str, interface: str) -> str:
 
 def shipped_interface(interface: str) -> str:
     """The interface as the installed file describes it."""
-    places = "/usr/share /usr/local/share /run/current-system/sw/share"
-    find = f"find {places} -path '*/dbus-1/interfaces/{interface}.xml' 2>/dev/null | head -n 1"
-    return machine.succeed(f'cat "$({find})"')
+    return machine.succeed(
+        'program=$(readlink -f "$(command -v layered-stores)"); '
+        f'cat "${{program%/bin/*}}/share/dbus-1/interfaces/{interface}.xml"',
+    )
 
 
 def expected_file(live: str) -> str:

@@ -143,7 +143,7 @@ with subtest("One that cannot come up keeps none of the others down"):
     machine.succeed("systemctl stop layered-storesd")
     machine.succeed("umount /srv/many/*/root/nix/store")
     machine.succeed(
-        "rm -r /srv/many/store-100/upper-layer", "touch /srv/many/store-100/upper-layer"
+        "mv /srv/many/store-100/upper-layer /srv/aside", "touch /srv/many/store-100/upper-layer"
     )
     timed("199 of 200 stores active", "systemctl start layered-storesd")
     failed = "199 of 200 stores active; failed: store-100"
@@ -156,7 +156,11 @@ with subtest("One that cannot come up keeps none of the others down"):
     assert message in output, output
     usable(name(number) for number in range(0, 200, 20) if number != 100)
     # And it is easily helped.
-    machine.succeed("rm /srv/many/store-100/upper-layer", "layered-stores start store-100")
+    machine.succeed(
+        "rm /srv/many/store-100/upper-layer",
+        "mv /srv/aside /srv/many/store-100/upper-layer",
+        "layered-stores start store-100",
+    )
     all_active(range(200))
     machine.succeed("layered-stores status")
 

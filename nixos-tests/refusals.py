@@ -101,6 +101,34 @@ with subtest("Lower stores that have no directory here are refused"):
         ],
     )
 
+with subtest("What would end a line of a file, or be obeyed by a terminal, is refused"):
+    way_out = "as it is or percent-encoded, which no store's URL has to; take it away"
+    for written, character in {
+        r"local?root=/l&log=\u0000": r"\0",
+        "local?root=/l&log=/x%00": r"\0",
+        r"daemon?\nstore=x": r"\n",
+        r"daemon?log=\u001b[2J": r"\u{1b}",
+        "unix:///run/%1b[2J": r"\u{1b}",
+        "daemon?log=%ff": "\ufffd",
+    }.items():
+        [said] = sentences(f'[stores.ci]\nlower-store = "{written}"')
+        t.assertIn(f": it holds '{character}', {way_out}", said)
+    for key in ("root", "owner", "daemon.socket-path"):
+        [said] = sentences(f'[stores.ci]\nlower-store = "/l"\n{key} = "/a\\u001b[2Jb"')
+        t.assertIn(rf'store "ci": {key} = "/a\u{{1b}}[2Jb": ', said)
+    for value, sentence in {
+        r"a\u0000b": "the value holds a control character; take it away",
+        r"\u001b[2J": "the value holds a control character; take it away",
+        r"a\rstore = x": "the value holds a control character; take it away",
+        r"a\nstore = x": "the value has to be one line; take the line break away",
+    }.items():
+        [said] = sentences(
+            f'[stores.ci]\nlower-store = "/l"\ndaemon.settings.substituters = "{value}"'
+        )
+        t.assertEqual(said, f'store "ci": daemon.settings.substituters: {sentence}')
+    [said] = sentences('[stores.ci]\nlower-store = "/l"\ndaemon.settings."\\u001b[2J" = "a"')
+    t.assertTrue(said.startswith(r'store "ci": daemon.settings.\u{1b}[2J: the name of'), said)
+
 with subtest("Stacks deeper than the kernel takes, and loops, are refused"):
     stack = "".join(
         f'[stores.{name}]\nlower-store = "{lower}"\n'
@@ -261,7 +289,8 @@ CASES = {
     "other-filesystem": Case(
         r"work-dir: /srv/other-filesystem/tmpfs/work is on another mount than the upper layer "
         r"/srv/other-filesystem/upper; put both on one filesystem",
-        "mkdir /srv/other-filesystem/tmpfs; mount -t tmpfs none /srv/other-filesystem/tmpfs",
+        "mkdir /srv/other-filesystem/tmpfs; "
+        "mount -t tmpfs -o mode=755 none /srv/other-filesystem/tmpfs",
         "umount /srv/other-filesystem/tmpfs",
         keys={"work-dir": "/srv/other-filesystem/tmpfs/work"},
     ),
@@ -298,8 +327,9 @@ CASES = {
         "rm /srv/symlink-at-the-end/root/nix/store",
     ),
     "writable": Case(
-        r"upper-layer: /srv/writable can be changed by others than root and the store's owner, who "
-        r"could put something else in its place; change its owner or mode \(now uid 0, mode 0777\)",
+        r"upper-layer: /srv/writable can be changed by others than root, who could put something "
+        r"else in its place; give it to root and take the right to write from all others \(now uid "
+        r"0, mode 0777\), or name another path",
         "chmod 0777 /srv/writable",
         "chmod 0755 /srv/writable",
     ),
@@ -307,6 +337,45 @@ CASES = {
         r"upper-layer: /srv/of-bob can be changed by others .* \(now uid \d+, mode 0755\)",
         "chown bob /srv/of-bob",
         "chown root /srv/of-bob",
+        # Not even if the store is his.
+        keys={"owner": "bob"},
+    ),
+    "lower-of-bob": Case(
+        r"lower-store: /srv/lower-of-bob/lower can be changed by others than root, .*now uid \d+",
+        "mkdir -p /srv/lower-of-bob/lower/nix/store; chown bob /srv/lower-of-bob/lower",
+        "chown root /srv/lower-of-bob/lower",
+        lower="/srv/lower-of-bob/lower",
+    ),
+    "lower-link": Case(
+        r"lower-store: /srv/lower-link/lower/nix is a symbolic link; write the path it leads to",
+        "mkdir -p /srv/lower-link/{lower,real/store}; ln -s ../real /srv/lower-link/lower/nix",
+        "rm /srv/lower-link/lower/nix; mv /srv/lower-link/real /srv/lower-link/lower/nix",
+        lower="/srv/lower-link/lower",
+    ),
+    "shared": Case(
+        r"upper-layer: /srv/shared/tmp/upper would lie in /srv/shared/tmp, where others than root "
+        r"can make files \(mode 1777\) and could have made it beforehand; make a directory of "
+        r"root's there and go below it, or name another path",
+        "mkdir -m 1777 /srv/shared/tmp",
+        "chmod 755 /srv/shared/tmp",
+        keys={"upper-layer": "/srv/shared/tmp/upper"},
+    ),
+    "work-of-bob": Case(
+        r"work-dir: /srv/work-of-bob/work has to belong to root and be writable for nobody else "
+        r"\(now uid \d+, mode 0700\), and what is in it may be somebody else's; move it away",
+        "install -d -m 700 -o bob /srv/work-of-bob/work; touch /srv/work-of-bob/work/his",
+        "mv /srv/work-of-bob/work /srv/work-of-bob/away",
+    ),
+    "upper-of-bob": Case(
+        r"/srv/upper-of-bob/upper belongs to bob, and the store to root, .* or change `owner`",
+        "install -d -o bob /srv/upper-of-bob/upper",
+        "chown root /srv/upper-of-bob/upper",
+    ),
+    "in-the-way": Case(
+        r"upper-layer: /srv/in-the-way/\.upper\.new, the name under which /srv/in-the-way/upper is "
+        r"made, cannot be used: Directory not empty \(os error 39\); move it away",
+        "install -d -o bob /srv/in-the-way/.upper.new; touch /srv/in-the-way/.upper.new/his",
+        "rm -r /srv/in-the-way/.upper.new",
     ),
     "not-empty": Case(
         r'root: /srv/not-empty/root/nix/store is not empty \(it holds "something"\), and the mount '
@@ -344,8 +413,9 @@ CASES = {
     "locked": Case(
         r"upper-layer: /srv/locked/upper is locked by another process, most likely another "
         r"layered-storesd; two overlays on one upper layer corrupt it, so this store stays down",
-        "mkdir /srv/locked/upper; systemd-run --quiet --unit=locker --service-type=notify "
-        "-p NotifyAccess=all flock --exclusive /srv/locked/upper "
+        "mkdir /srv/locked/upper; (umask 077; touch /srv/locked/.upper.lock); "
+        "systemd-run --quiet -E PATH --unit=locker --service-type=notify "
+        "-p NotifyAccess=all flock --exclusive /srv/locked/.upper.lock "
         "/bin/sh -c 'systemd-notify --ready; exec sleep infinity'",
         "systemctl stop locker",
     ),
@@ -362,25 +432,41 @@ CASES = {
         keys={"group": "no-such-group"},
     ),
     "other-owner": Case(
-        r"upper-layer: /srv/other-owner/upper belongs to uid 0, and the configuration says \d+; "
-        r"chown it, or change `owner`",
+        r"/srv/other-owner/upper belongs to root, and the store to alice, as after root has run "
+        r"Nix on it directly; .* or change `owner`",
         "mkdir /srv/other-owner/upper",
         "chown alice /srv/other-owner/upper",
         keys={"owner": "alice"},
     ),
     "read-only": Case(
-        r"upper-layer: .*/srv/read-only/fs/upper.*Read-only file system",
-        "mkdir /srv/read-only/fs; mount -t tmpfs -o ro none /srv/read-only/fs",
+        r"upper-layer: /srv/read-only/fs/upper is on a read-only filesystem; mount it for writing, "
+        r"or name another path",
+        "mkdir /srv/read-only/fs; mount -t tmpfs -o ro,mode=755 none /srv/read-only/fs",
         "mount -o remount,rw /srv/read-only/fs",
         keys={"upper-layer": "/srv/read-only/fs/upper", "work-dir": "/srv/read-only/fs/work"},
     ),
+    # Made when it could be, and only then mounted for reading.
+    "read-only-now": Case(
+        r"upper-layer: /srv/read-only-now/fs/upper is on a read-only filesystem; mount it for "
+        r"writing, or name another path",
+        "mkdir /srv/read-only-now/fs; mount -t tmpfs -o mode=755 none /srv/read-only-now/fs; "
+        "mkdir /srv/read-only-now/fs/{upper,work}; mount -o remount,ro /srv/read-only-now/fs",
+        "mount -o remount,rw /srv/read-only-now/fs",
+        keys={
+            "upper-layer": "/srv/read-only-now/fs/upper",
+            "work-dir": "/srv/read-only-now/fs/work",
+        },
+    ),
     "too-deep": Case(
         r"lower-store: .*the kernel stacks at most 2 overlays",
-        f"mkdir -p {DEEP}/nix/store /srv/too-deep/u {{/srv/too-deep/,}}{{a,b,c,d}}; "
-        f"cd /srv/too-deep; for layer in 'a b' 'c d'; do set -- $layer; mount -t overlay overlay "
-        f"-o lowerdir={DEEP}/nix/store,upperdir=/srv/too-deep/$1,workdir=/srv/too-deep/$2 "
-        f"{DEEP}/nix/store; done",
-        f"umount {DEEP}/nix/store; umount {DEEP}/nix/store",
+        f"mkdir -p {DEEP}/nix/store /srv/too-deep/{{first,a,b,c,d}}; mount -t overlay overlay "
+        f"-o lowerdir={DEEP}/nix/store,upperdir=/srv/too-deep/a,workdir=/srv/too-deep/b "
+        "/srv/too-deep/first; mount -t overlay overlay "
+        "-o lowerdir=/srv/too-deep/first,upperdir=/srv/too-deep/c,workdir=/srv/too-deep/d "
+        f"{DEEP}/nix/store",
+        # In one step: a store that tries again in between would come up with a lower store that is
+        # about to be taken away.
+        f"umount {DEEP}/nix/store",
         lower=DEEP,
     ),
 }

@@ -68,7 +68,7 @@ def add(name: str, content: str) -> str:
 def signals() -> Iterator[Callable[[str], list[dict[str, Any]]]]:
     """Listens to the daemon's signals; what is yielded gives those of a name that have come."""
     machine.succeed(
-        "rm -f /run/monitor; systemd-run --quiet --unit=monitor "
+        "rm -f /run/monitor; systemd-run --quiet -E PATH --unit=monitor "
         "-p StandardOutput=file:/run/monitor busctl --json=short monitor "
         "--match \"type='signal',path_namespace='/org/layeredstores1'\""
     )
@@ -165,12 +165,13 @@ with subtest("A change that does not concern the mount leaves it alone"):
 with subtest("A change of the layers restarts the store, and no other"):
     path = add("new-1", "in the first layer")
     others = identity("new-2"), identity("new-3"), kept
-    moved = store("new-1", upper_layer="/srv/new-1/moved")
+    # Its database stays with the upper layer that it knows.
+    moved = store("new-1", upper_layer="/srv/new-1/moved", root="/srv/new-1/root-moved")
     configure(stores[0], stores[1], moved, *stores[3:])
     machine.succeed(RELOAD)
     t.assertEqual(states()["new-1"], "active")
     t.assertEqual(status("new-1")["upper-layer"], "/srv/new-1/moved")
-    machine.fail(f"test -e /srv/new-1/root{path}")
+    machine.fail(f"test -e /srv/new-1/root-moved{path}")
     machine.succeed(f"test -e /srv/new-1/upper/{path.removeprefix('/nix/store/')}")
     t.assertEqual((identity("new-2"), identity("new-3"), identity("kept")), others)
     configure(*stores)
@@ -178,7 +179,14 @@ with subtest("A change of the layers restarts the store, and no other"):
 
 with subtest("A changed root moves the mount, and gives the old mount point back"):
     configure(stores[0], stores[1], store("new-1", root="/srv/new-1/elsewhere"), *stores[3:])
-    machine.succeed(RELOAD, f"grep first /srv/new-1/elsewhere{path}")
+    said = machine.fail(f"{RELOAD} 2>&1")
+    t.assertIn("/srv/new-1/elsewhere/nix/var/nix does not have the database that knows of it", said)
+    machine.fail("test -e /srv/new-1/elsewhere")
+    machine.succeed(
+        "mkdir -p /srv/new-1/elsewhere/nix && mv /srv/new-1/root/nix/var /srv/new-1/elsewhere/nix/",
+        f"layered-stores start new-1 && grep first /srv/new-1/elsewhere{path}",
+        f"nix-store --store $(layered-stores uri new-1) --check-validity {path}",
+    )
     machine.fail("mountpoint --quiet /srv/new-1/root/nix/store")
     t.assertFalse(is_immutable("/srv/new-1/root/nix/store"))
     elsewhere = machine.succeed(
@@ -186,8 +194,11 @@ with subtest("A changed root moves the mount, and gives the old mount point back
     )
     t.assertEqual(json.loads(elsewhere)["data"], ["/org/layeredstores1/store/new_2d1"])
     machine.fail(f"busctl call {MANAGER} GetStoreByPath s /srv/new-1/root/nix/store")
+    machine.succeed(
+        "layered-stores stop new-1; mv /srv/new-1/elsewhere/nix/var /srv/new-1/root/nix/"
+    )
     configure(*stores)
-    machine.succeed(RELOAD, f"grep first /srv/new-1/root{path}")
+    machine.succeed(RELOAD, "layered-stores start new-1", f"grep first /srv/new-1/root{path}")
 
 with subtest("A wrong configuration is refused as a whole, and everything stays as it is"):
     before = everything()
@@ -226,7 +237,8 @@ with subtest("systemd's reload says so in the journal and the status, and the se
 with subtest("A store in use that is declared no more stays until it is free"):
     # Not with WorkingDirectory=, which would have systemd stop the service for the mount to go.
     squat = (
-        "systemd-run --quiet --unit=squatter --service-type=notify -p NotifyAccess=all /bin/sh -c "
+        "systemd-run --quiet -E PATH --unit=squatter --service-type=notify "
+        "-p NotifyAccess=all /bin/sh -c "
         "'cd /srv/new-2/root/nix/store; systemd-notify --ready --pid=parent; exec sleep infinity'"
     )
     machine.succeed(squat)
@@ -299,7 +311,9 @@ with subtest("A store without autostart is declared, and started by hand"):
 
 with subtest("A store that failed is tried again"):
     configure(*stores, store("late", lower="/srv/late-lower"))
-    machine.succeed(RELOAD)
+    code, output = machine.execute(f"{RELOAD} 2>&1")
+    t.assertEqual(code, 3)
+    t.assertIn('store "late" is failed: lower-store: /srv/late-lower', output)
     t.assertEqual(states()["late"], "failed")
     machine.succeed("mkdir -p /srv/late-lower/nix/store", RELOAD)
     t.assertEqual(states()["late"], "active")
@@ -311,13 +325,13 @@ with subtest("A store that gets another name keeps its directories and what is i
     t.assertNotIn("late", states())
     machine.succeed(f"grep another /srv/late/root{path}", "layered-stores status renamed")
 
-with subtest("Two stores trade their upper layers"):
+with subtest("Two stores trade their directories"):
     one, two = add("new-1", "one"), add("new-2", "two")
-    layers = {"upper_layer": "/srv/new-2/upper", "work_dir": "/srv/new-2/work"}
-    other = {"upper_layer": "/srv/new-1/upper", "work_dir": "/srv/new-1/work"}
-    configure(*stores[:2], store("new-1", **layers), store("new-2", **other), stores[4])
+    theirs = [store("new-1", directory="/srv/new-2"), store("new-2", directory="/srv/new-1")]
+    configure(*stores[:2], *theirs, stores[4])
     machine.succeed(RELOAD, "layered-stores wait new-1 new-2 --timeout 30")
-    machine.succeed(f"grep two /srv/new-1/root{two}", f"grep one /srv/new-2/root{one}")
+    machine.succeed(f"grep two /srv/new-2/root{two}", f"grep one /srv/new-1/root{one}")
+    t.assertEqual(status("new-1")["upper-layer"], "/srv/new-2/upper")
     machine.succeed("layered-stores status")
     configure(*stores)
     machine.succeed(RELOAD, "layered-stores wait new-1 new-2 --timeout 30")
@@ -325,7 +339,7 @@ with subtest("Two stores trade their upper layers"):
 
 with subtest("What was changed while the daemon was stopped is found when it starts"):
     machine.succeed("systemctl stop layered-storesd")
-    configure(stores[0], store("new-1", upper_layer="/srv/new-1/moved"), *stores[3:])
+    configure(stores[0], moved, *stores[3:])
     machine.succeed("mountpoint --quiet /srv/new-0/root/nix/store")
     machine.succeed("systemctl start layered-storesd")
     machine.succeed("layered-stores wait new-1 kept new-2 new-3 --timeout 30")

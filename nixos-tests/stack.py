@@ -4,7 +4,7 @@
 import json
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 LOWER = "/srv/lower"
 BOTTOM = "/srv/bottom/root/nix/store"
@@ -16,6 +16,9 @@ CONFIGURATION = "/etc/layered-stores/config.toml"
 SOON = 10
 
 machine.start(allow_reboot=True)
+# Before Linux 6.5 nothing can be put in the place of a mount that is in use.
+SWAPS = tuple(map(int, machine.succeed("uname -r").split(".")[:2])) >= (6, 5)
+EMULATED = machine.execute("systemd-detect-virt")[1].strip() == "qemu"
 
 
 def status(store: str) -> dict[str, object]:
@@ -66,7 +69,7 @@ def build(store: str, name: str, script: str) -> str:
 def held_open(file: str) -> Iterator[None]:
     """A process has a file open."""
     machine.succeed(
-        "systemd-run --quiet --unit=holder --service-type=exec "
+        "systemd-run --quiet -E PATH --unit=holder --service-type=exec "
         f"-p StandardInput=file:{file} sleep infinity"
     )
     yield
@@ -150,7 +153,7 @@ with subtest("What is deleted at the bottom is right at the top, whoever holds i
         machine.succeed(f"chmod u+w {file}; echo 'from the lower store' > {file}")
         machine.wait_until_succeeds(f"grep bottom {TOP}/{base}/file", timeout=SOON)
         before = {store: swaps(store) for store in ("bottom", "top")}
-        with held_open(f"{holder}/{base}/file"):
+        with held_open(f"{holder}/{base}/file") if SWAPS else nullcontext():
             seen = machine.succeed(
                 f"nix store delete --store {bottom} /nix/store/{base} >&2; cat {BOTTOM}/{base}/file"
             )
@@ -158,8 +161,8 @@ with subtest("What is deleted at the bottom is right at the top, whoever holds i
             machine.wait_until_succeeds(f"grep lower {TOP}/{base}/file", timeout=SOON)
             t.assertEqual(machine.succeed(f"ls {TOP}/{base}"), "file\n")
         # A swap below leaves those above on a superblock that is history.
-        t.assertEqual(swaps("bottom"), before["bottom"] + 1)
-        wait_for_swaps("top", before["top"] + 1)
+        t.assertEqual(swaps("bottom"), before["bottom"] + SWAPS)
+        wait_for_swaps("top", before["top"] + SWAPS)
         machine.succeed("layered-stores verify bottom", "layered-stores verify top")
     machine.succeed(f"nix path-info --store {top} {built} /nix/store/{between} /nix/store/{base}")
     for merged in (BOTTOM, TOP):
@@ -256,7 +259,9 @@ with subtest("Removed together, both go, the top first"):
     machine.succeed("layered-stores wait bottom top", f"nix path-info --store {top} {built}")
 
 with subtest("A bottom whose layers change takes the top down with it, and up again"):
-    moved = machine.succeed(f"sed s,/srv/bottom/upper,/srv/bottom/moved, {CONFIGURATION}")
+    # The database stays with the upper layer that it knows.
+    layers = "s,/srv/bottom/upper,/srv/bottom/moved,; s,/srv/bottom/root,/srv/bottom/anew,"
+    moved = machine.succeed(f"sed '{layers}' {CONFIGURATION}")
     configure(moved)
     machine.succeed("layered-stores reload", timeout=60)
     machine.succeed("layered-stores wait bottom top --timeout 30")
@@ -269,12 +274,17 @@ with subtest("A bottom whose layers change takes the top down with it, and up ag
 
 with subtest("A top that is in use is waited for, and nothing is pulled from under it"):
     machine.succeed(
-        "systemd-run --quiet --unit=squatter --service-type=notify -p NotifyAccess=all /bin/sh -c "
+        "systemd-run --quiet -E PATH --unit=squatter --service-type=notify "
+        "-p NotifyAccess=all /bin/sh -c "
         f"'cd {TOP}; systemd-notify --ready --pid=parent; exec sleep infinity'"
     )
     configure(moved)
     machine.succeed("layered-stores reload", timeout=60)
-    t.assertEqual(states(), ["active", "active"])
+    if EMULATED:
+        # The next attempt may be under way.
+        retry(lambda _last: states() == ["active", "active"], SOON)
+    else:
+        t.assertEqual(states(), ["active", "active"])
     t.assertEqual(text("bottom", "upper-layer"), "/srv/bottom/upper")
     t.assertIn("sleep (pid", text("top", "problems"))
     machine.succeed(f"nix path-info --store {top} {built}", f"cat /srv/top/root{built}")

@@ -18,12 +18,14 @@
         doomed = {
           lowerStore = "local";
           daemon.enable = true;
-          daemon.allowedGroups = [ "users" ];
+          daemon.allowedUsers = [ "alice" ];
+          # So that the switch has something to compare when it goes.
+          daemon.serviceConfig.TasksMax = 4000;
         };
         served = {
           lowerStore = "local";
           daemon.enable = true;
-          daemon.allowedGroups = [ "users" ];
+          daemon.allowedUsers = [ "alice" ];
         };
       };
       with' = change: { configuration.services.layeredStores.stores = lib.mkForce change; };
@@ -60,6 +62,24 @@
             };
           }
         );
+        # A Nix daemon lets in somebody more.
+        opened = with' (
+          stores
+          // {
+            served = stores.served // {
+              daemon = stores.served.daemon // {
+                allowedUsers = [
+                  "alice"
+                  "bob"
+                ];
+              };
+            };
+          }
+        );
+        # What holds for every Nix daemon: in nix.conf, in the environment, and for those of stores.
+        tuned.configuration.nix.settings.max-silent-time = 3600;
+        proxied.configuration.networking.proxy.default = "http://proxy.example:3128";
+        nicer.configuration.systemd.services."layered-stores-nix-daemon@".serviceConfig.Nice = 5;
         # There is another version of the package.
         upgraded.configuration.services.layeredStores.package = lib.mkForce (
           package.overrideAttrs (old: {

@@ -1,7 +1,6 @@
 # `nixos-rebuild switch` from one configuration to another: the daemon does what has changed, and
-# nobody else notices. Only NixOS has a switch, so on another system there is nothing to see here;
-# what a switch finds different between two configurations is told without a machine as well, by
-# nixos-tests/eval.
+# nobody else notices. On a Debian NixOS' own program for it runs, on what debian/switch.py makes of
+# the same configurations.
 
 import json
 import shlex
@@ -23,8 +22,11 @@ def states() -> dict[str, str]:
 
 def mount(name: str) -> str:
     """Differs once a store was unmounted, however briefly."""
+    directory = f"{STORES}/{name}/root/nix/store"
     return machine.succeed(
-        f"findmnt --noheadings --output ID,MAJ:MIN {STORES}/{name}/root/nix/store"
+        # The kernel gives the numbers of what has gone to what comes next.
+        f"systemctl show -P ActiveEnterTimestampMonotonic $(systemd-escape -p {directory}).mount",
+        f"findmnt --noheadings --output ID,MAJ:MIN {directory}",
     )
 
 
@@ -110,6 +112,35 @@ def run() -> None:
         ask_nix_daemon("served")
         switch()
 
+    with subtest("Whom a Nix daemon lets in is a matter of its next connection"):
+        before = mounts(*ALL)
+        ask = "nix store info --store unix:///run/layered-stores/served/daemon.sock"
+        machine.fail(f"runuser -u bob -- {ask}")
+        switch("opened")
+        machine.succeed(f"runuser -u bob -- {ask}")
+        t.assertEqual(main_pid(daemon), pids[0])
+        t.assertEqual(mounts(*ALL), before)
+        ask_nix_daemon("served")
+        switch()
+        machine.fail(f"runuser -u bob -- {ask}")
+        ask_nix_daemon("served")
+
+    with subtest("What holds for every Nix daemon restarts those of stores, and nothing else"):
+        for name, holds in [
+            ("tuned", "grep -q max-silent-time.=.3600 /etc/nix/nix.conf"),
+            ("proxied", f"systemctl show -P Environment {nix_daemon} | grep proxy.example:3128"),
+            ("nicer", f"systemctl show -P Nice {nix_daemon} | grep -x 5"),
+        ]:
+            before = mounts(*ALL)
+            nix_pid = main_pid(nix_daemon)
+            switch(name)
+            machine.succeed(holds)
+            t.assertNotIn(main_pid(nix_daemon), ("0", nix_pid), name)
+            t.assertEqual(main_pid(daemon), pids[0], name)
+            t.assertEqual(mounts(*ALL), before, name)
+            ask_nix_daemon("served")
+            switch()
+
     with subtest("Another version takes over all mounts"):
         before = mounts(*ALL)
         pid = main_pid(daemon)
@@ -118,12 +149,10 @@ def run() -> None:
         t.assertEqual(mounts(*ALL), before)
         t.assertEqual(states(), dict.fromkeys(ALL, "active"))
         machine.succeed("layered-stores status")
+        ask_nix_daemon("served")
 
     with subtest("Whoever needs the stores was never stopped"):
         t.assertEqual(invocation("layered-stores.target"), target)
 
 
-if machine.execute("test -e /run/booted-system/bin/switch-to-configuration")[0] != 0:
-    # The driver of other systems has this; that of NixOS never comes here.
-    raise Skipped("only NixOS has nixos-rebuild switch; run this with nix flake check")
 run()

@@ -13,6 +13,7 @@ from .check import check
 from .errors import MachineError, PreconditionError
 from .host import check_preconditions
 from .image import SUITES, base_image
+from .kernel import KERNELS
 from .runner import find_scenarios, run_scenarios
 from .scenario import Scenario
 from .selftest import selftest
@@ -44,11 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     suite = argparse.ArgumentParser(add_help=False)
     suite.add_argument("--suite", choices=SUITES, default="trixie", help="the Debian to use")
     common = argparse.ArgumentParser(add_help=False, parents=[suite])
+    common.add_argument("--kernel", choices=KERNELS, help="another kernel, in qemu")
     common.add_argument("--no-install", action="store_true", help="leave the project out")
 
     commands.add_parser("image", parents=[suite], help="build the base image if need be")
     run = commands.add_parser("run", parents=[common], help="run scenarios")
-    run.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N")
+    run.add_argument("--jobs", type=int, metavar="N", help="at once; 2")
     run.add_argument("--verbose", action="store_true", help="show everything that is logged")
     run.add_argument("--timeout", type=int, default=900, help="seconds a scenario may take")
     run.add_argument("names", nargs="*", metavar="NAME", help="scenarios; all when none is named")
@@ -73,15 +75,19 @@ def _run(options: argparse.Namespace) -> int:
         case "run":
             scenarios = find_scenarios(options.names)
             passed_on = [f"--suite={options.suite}", f"--timeout={options.timeout}"]
+            passed_on += [f"--kernel={options.kernel}"] * (options.kernel is not None)
             passed_on += ["--no-install"] * options.no_install + ["--verbose"] * options.verbose
-            return int(not run_scenarios(scenarios, options.suite, options.jobs, passed_on))
+            jobs = options.jobs or min(2, os.cpu_count() or 1)
+            passed = run_scenarios(scenarios, options.suite, options.kernel, jobs, passed_on)
+            return int(not passed)
         case "scenario":
             threading.Thread(target=_end_with_parent, daemon=True).start()
             [path] = find_scenarios([options.name])
             scenario = Scenario(
-                path, options.suite, not options.no_install, options.verbose, options.timeout
+                *(path, options.suite, not options.no_install, options.verbose),
+                *(options.timeout, options.kernel),
             )
-            return int(not scenario.run())
+            return int(scenario.run())
         case "shell":
             return _shell(options)
         case "check":
@@ -102,7 +108,9 @@ def _shell(options: argparse.Namespace) -> int:
     if options.scenario is not None:
         [path] = find_scenarios([options.scenario])
         configuration = Scenario(path).configuration
-    with boot(options.suite, not options.no_install, configuration, "shell") as machine:
+    with boot(
+        *(options.suite, not options.no_install, configuration, "shell"), kernel=options.kernel
+    ) as machine:
         machine.connect()
         terminal.say("A Debian of your own: it is gone when you leave this shell (exit, Ctrl-D).")
         return machine.interact(os.environ.get("TERM", "linux") if sys.stdin.isatty() else None)

@@ -43,12 +43,15 @@ class Disk:
         finally:
             os.close(copy)
 
+    @property
+    def path(self) -> str:
+        """The device's node."""
+        return self._device.path
+
     def mount(self) -> None:
         """Mounts it; a journal that a power cut left is replayed."""
         options = "noatime,noinit_itable"
-        self._enclosure.check(
-            ["mount", "-t", "ext4", "-o", options, self._device.path, MOUNT_POINT]
-        )
+        self._enclosure.check(["mount", "-t", "ext4", "-o", options, self.path, MOUNT_POINT])
         self.mounted = True
 
     def unmount(self) -> None:

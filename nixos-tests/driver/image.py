@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import paths, terminal
@@ -23,7 +24,12 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "libpam-systemd", "dbus", "polkitd", "nix-bin"),
     *("mount", "util-linux", "procps", "e2fsprogs", "acl", "attr"),
     *("strace", "jq", "python3-minimal"),
+    # For NixOS' switch-to-configuration.
+    *("libconfig-inifiles-perl", "libfile-slurp-perl"),
 )
+# Not installed but there, so that a scenario without a network can do what a guide says.
+KEPT_PACKAGES = ("nix-setup-systemd",)
+KEPT_IN = "/var/cache/packages"
 UNWANTED_FILES = ("doc", "man", "locale", "info", "lintian", "bug")
 PROVISION = paths.DRIVER / "provision.sh"
 
@@ -32,7 +38,7 @@ def base_image(suite: str) -> Path:
     """The image of a suite. Builds it if there is none for today's recipe."""
     if suite not in SUITES:
         raise PreconditionError(f"there is no suite {suite}: use one of {', '.join(SUITES)}")
-    recipe = _mmdebstrap(suite, "")
+    recipe = [*mmdebstrap(suite, PACKAGES), ""]
     digest = hashlib.sha256("\0".join(recipe).encode() + PROVISION.read_bytes())
     image = paths.STATE / f"{suite}-{digest.hexdigest()[:12]}.img"
     paths.STATE.mkdir(parents=True, exist_ok=True)
@@ -44,14 +50,18 @@ def base_image(suite: str) -> Path:
     return image
 
 
-def _mmdebstrap(suite: str, root: str) -> list[str]:
+def mmdebstrap(suite: str, packages: Sequence[str]) -> list[str]:
+    """The command that makes a Debian. What it makes of it is still to be added."""
     command = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory"]
-    command += [f"--include={','.join(PACKAGES)}"]
+    command += [f"--include={','.join(packages)}"]
     command += ['--aptopt=APT::Install-Recommends "false"']
     command += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED_FILES]
+    download = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get download {" ".join(KEPT_PACKAGES)}'
+    kept = f'mkdir -p "$1{KEPT_IN}" && cd "$1{KEPT_IN}" && {download}'
+    command += [f"--customize-hook={kept}"]
     if suite == "sid":
         command += ['--aptopt=Acquire::Check-Valid-Until "false"']
-    return [*command, suite, root]
+    return [*command, suite]
 
 
 def _build(suite: str, image: Path) -> None:
@@ -73,10 +83,10 @@ def _build(suite: str, image: Path) -> None:
             try:
                 disk.mount()
                 stage(f"installing Debian {suite} with {len(PACKAGES)} packages and what they need")
-                _in_root(enclosure, _mmdebstrap(suite, MOUNT_POINT), log)
+                in_root(enclosure, [*mmdebstrap(suite, PACKAGES), MOUNT_POINT], log)
                 stage("making it a quick, quiet machine")
                 script = PROVISION.read_text()
-                _in_root(enclosure, ["chroot", MOUNT_POINT, "sh", "-euc", script], log)
+                in_root(enclosure, ["chroot", MOUNT_POINT, "sh", "-euc", script], log)
                 disk.unmount()
             finally:
                 enclosure.close()
@@ -101,7 +111,8 @@ def _make_filesystem(path: Path) -> None:
     )
 
 
-def _in_root(enclosure: Enclosure, command: list[str], log: Path) -> None:
+def in_root(enclosure: Enclosure, command: list[str], log: Path) -> None:
+    """Runs a step of building something, whose output goes to a log."""
     env = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",

@@ -6,26 +6,26 @@ from pathlib import Path
 
 from . import paths
 from .enclosure import MOUNT_POINT
-from .nspawn import Nspawn
+from .hardware import Hardware
 
 CONFIGURATION = "etc/layered-stores/config.toml"
 SERVICE = "layered-storesd.service"
 UNITS = (SERVICE, "layered-stores.target")
 
 
-def install_project(nspawn: Nspawn) -> None:
+def install_project(hardware: Hardware) -> None:
     """Runs `make install` into it."""
-    nspawn.mount_disk()
+    hardware.mount_disk()
     make = ["make", "--no-print-directory", "-C", str(paths.REPOSITORY)]
     # One at a time, because it may have to compile.
     with (paths.STATE / ".install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        nspawn.run_on_host([*make, "install", f"DESTDIR={MOUNT_POINT}", "PREFIX=/usr"])
+        hardware.run_on_host([*make, "install", f"DESTDIR={MOUNT_POINT}", "PREFIX=/usr"])
 
 
-def configure(nspawn: Nspawn, configuration: Path) -> None:
+def configure(hardware: Hardware, configuration: Path) -> None:
     """Gives it a configuration, and has the daemon start at boot, as the NixOS module does."""
-    root = nspawn.mount_disk()
+    root = hardware.mount_disk()
     target = root / CONFIGURATION
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(configuration, target)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO
 
 from .errors import MachineError, RequestedAssertionFailed
+from .hardware import Hardware
+from .hardware import command as hardware_command
 from .log import Log
-from .nspawn import Nspawn
 from .polling import retry
 
 PROPERTY = re.compile(r"^([^=\n]+)=(.*)$", re.MULTILINE)
@@ -26,11 +27,11 @@ PROPERTY = re.compile(r"^([^=\n]+)=(.*)$", re.MULTILINE)
 class Machine:
     """A Debian machine. It starts by itself at the first command."""
 
-    def __init__(self, name: str, nspawn: Nspawn, log: Log, out_dir: Path) -> None:
+    def __init__(self, name: str, hardware: Hardware, log: Log, out_dir: Path) -> None:
         """`out_dir` is where copy_from_machine puts things."""
         self.name = name
         self.out_dir = out_dir
-        self._nspawn = nspawn
+        self._hardware = hardware
         self._log = log
         self._connected = False
         self._allow_reboot = False
@@ -44,7 +45,7 @@ class Machine:
     @property
     def booted(self) -> bool:
         """Whether it is on."""
-        return self._nspawn.is_on
+        return self._hardware.is_on
 
     def is_up(self) -> bool:
         """Whether it is on and takes commands."""
@@ -57,7 +58,7 @@ class Machine:
         self.log("starting the machine")
         self._connected = False
         self._allow_reboot = allow_reboot
-        self._nspawn.power_on()
+        self._hardware.power_on()
 
     def connect(self) -> None:
         """Switches it on if it is off, and waits until it takes commands."""
@@ -65,7 +66,7 @@ class Machine:
             return
         with self.nested("waiting for the machine to finish booting"):
             self.start()
-            self._nspawn.wait_until_booted()
+            self._hardware.wait_until_booted()
             self._connected = True
 
     def shutdown(self) -> None:
@@ -79,7 +80,7 @@ class Machine:
     def wait_for_shutdown(self) -> None:
         """Waits until it is off. Does not switch it off."""
         with self.nested("waiting for the machine to power off"):
-            self._nspawn.wait_until_off()
+            self._hardware.wait_until_off()
             self._connected = False
 
     def crash(self) -> None:
@@ -88,7 +89,7 @@ class Machine:
             return
         self.log("power cut")
         self._connected = False
-        self._nspawn.cut_power()
+        self._hardware.cut_power()
 
     def reboot(self) -> None:
         """Reboots it in good order. As on NixOS, it must allow that from the start."""
@@ -102,7 +103,15 @@ class Machine:
         self.wait_for_shutdown()
         self.start(allow_reboot=True)
 
+    def patient(self, seconds: float) -> float:
+        """How long to wait on this machine for what takes at most that long on a usual one."""
+        return seconds * self._hardware.patience
+
     # Commands
+
+    def _command(self, shell_command: str, timeout: float | None) -> list[str]:
+        limit = None if timeout is None else self.patient(timeout)
+        return hardware_command(self._hardware, shell_command, limit)
 
     def execute(
         self,
@@ -120,7 +129,7 @@ class Machine:
         self.connect()
         self._last_stderr = deque(maxlen=20)
         process = subprocess.Popen(
-            self._nspawn.command(command, timeout),
+            self._command(command, timeout),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if check_output else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -149,9 +158,7 @@ class Machine:
     def stream(self, command: str) -> int:
         """Runs a shell command whose output goes to the terminal as it comes."""
         self.connect()
-        return subprocess.run(
-            self._nspawn.command(command, None), stdin=subprocess.DEVNULL
-        ).returncode
+        return subprocess.run(self._command(command, None), stdin=subprocess.DEVNULL).returncode
 
     def interact(self, term: str | None = None) -> int:
         """A root shell for a person (with `term`, on a terminal of its own), until it ends."""
@@ -159,7 +166,7 @@ class Machine:
         shell = ["bash", "--login"]
         if term is not None:
             shell = ["env", f"TERM={term}", "script", "-qec", "bash --login", "/dev/null"]
-        return subprocess.run(self._nspawn.bare_command(shell)).returncode
+        return subprocess.run(self._hardware.bare_command(shell)).returncode
 
     def succeed(self, *commands: str, timeout: float | None = None) -> str:
         """Runs commands that must exit with 0; returns what they printed."""
@@ -201,7 +208,7 @@ class Machine:
 
         with self.nested(f"waiting for {'success' if wanted else 'failure'}: {command}"):
             try:
-                retry(attempt, timeout)
+                retry(attempt, self.patient(timeout))
             except RequestedAssertionFailed as error:
                 what = f"{error}, last exit code {status}"
                 raise self._failure(command, what, output) from None
@@ -269,7 +276,7 @@ class Machine:
 
         with self.nested(f"waiting for unit {unit}" + (f" of user {user}" if user else "")):
             try:
-                retry(is_active, timeout)
+                retry(is_active, self.patient(timeout))
             except RequestedAssertionFailed as error:
                 raise RequestedAssertionFailed(
                     f'waiting for unit "{unit}": {error}', unit
@@ -288,7 +295,7 @@ class Machine:
     def wait_for_file(self, filename: str, timeout: float = 900) -> None:
         """Waits until a file exists."""
         with self.nested(f"waiting for file {filename}"):
-            retry(lambda _last: self.execute(f"test -e {filename}")[0] == 0, timeout)
+            retry(lambda _last: self.execute(f"test -e {filename}")[0] == 0, self.patient(timeout))
 
     def wait_for_open_unix_socket(
         self, addr: str, is_datagram: bool = False, timeout: float = 900
@@ -298,7 +305,7 @@ class Machine:
         script = f"import socket; socket.socket(socket.AF_UNIX, socket.{kind}).connect({addr!r})"
         command = f"python3 -c {shlex.quote(script)} 2>/dev/null"
         with self.nested(f"waiting for the Unix socket {addr}"):
-            retry(lambda _last: self.execute(command)[0] == 0, timeout)
+            retry(lambda _last: self.execute(command)[0] == 0, self.patient(timeout))
 
     def copy_from_host(self, source: str, target: str) -> None:
         """Copies a file or directory into the machine, as root's."""
@@ -336,7 +343,7 @@ class Machine:
     ) -> None:
         self.connect()
         done = subprocess.run(
-            self._nspawn.command(command, 900),
+            self._command(command, 900),
             stdin=stdin or subprocess.DEVNULL,
             stdout=stdout or subprocess.DEVNULL,
             stderr=subprocess.PIPE,

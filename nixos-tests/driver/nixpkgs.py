@@ -1,42 +1,84 @@
-"""The Nixpkgs library, for scenarios that evaluate the NixOS module. Not part of the project."""
+"""Nixpkgs, for what evaluates the NixOS module and the tests of it. Not part of the project."""
 
+import fcntl
+import hashlib
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
-from .errors import Skipped
+from . import paths
+from .errors import PreconditionError, Skipped
+from .machine import Machine
 
+SHARED = paths.REPOSITORY.parent / "shared" / "nixpkgs"
 HOW = (
-    "point NIXPKGS at a checkout of Nixpkgs or at its library alone "
-    "(the directory lib, or one that holds it), or put nixpkgs=… into NIX_PATH"
+    "point NIXPKGS at a checkout of Nixpkgs, or at an archive of one that ends in .tar.xz, "
+    "or put nixpkgs=… into NIX_PATH"
 )
-# What else than the library tells how NixOS writes units (nixos-tests/eval/nixos.nix).
-NIXOS_LIB = ("utils.nix", "systemd-lib.nix", "systemd-types.nix", "systemd-unit-options.nix")
+# What evaluation reads of a checkout; the history would be much to copy.
+PARTS = (".version", "default.nix", "lib", "maintainers", "nixos", "pkgs")
+# What is left out of this repository.
+UNREAD = (".git", "target")
 
 
-def copy_library(target: Path) -> None:
-    """Copies the library to `target`/lib, and beside it what the machine uses of the rest.
-
-    Raises Skipped when there is no library.
-    """
-    found = _find()
-    library = found / "lib" if (found / "lib" / "modules.nix").exists() else found
-    if not (library / "modules.nix").exists():
-        raise Skipped(f"{found} is not the Nixpkgs library: {HOW}")
-    shutil.copytree(library, target / "lib")
-    nixos = found / "nixos" / "lib"
-    if all((nixos / file).exists() for file in NIXOS_LIB):
-        shutil.copytree(nixos, target / "nixos" / "lib", symlinks=True)
-
-
-def _find() -> Path:
-    """Where Nixpkgs is said to be."""
+def find() -> Path | None:
+    """The checkout that was named, or the one that lies beside this repository, if there is one."""
     if path := os.environ.get("NIXPKGS"):
-        return Path(path)
+        return _checkout(Path(path))
     for entry in os.environ.get("NIX_PATH", "").split(":"):
         name, equals, path = entry.partition("=")
         if name == "nixpkgs" and equals and Path(path).exists():
-            return Path(path)
+            return _checkout(Path(path))
         if entry and Path(entry, "nixpkgs").exists():
-            return Path(entry, "nixpkgs")
-    raise Skipped(f"the Nixpkgs library is not at hand: {HOW}")
+            return _checkout(Path(entry, "nixpkgs"))
+    archives = sorted(SHARED.glob("*.tar.xz"))
+    return _checkout(archives[-1]) if archives else None
+
+
+def copy_to(machine: Machine, target: str) -> None:
+    """Copies it into a machine. Raises Skipped when there is none."""
+    found = find()
+    if found is None:
+        raise Skipped(f"Nixpkgs is not at hand: {HOW}")
+    for part in PARTS:
+        if (found / part).exists():
+            machine.copy_from_host(str(found / part), f"{target}/{part}")
+
+
+def copy_project_to(machine: Machine, target: str) -> None:
+    """Copies into a machine what of this repository is evaluated: the package has most of it."""
+    for file in paths.REPOSITORY.iterdir():
+        if file.name not in UNREAD:
+            machine.copy_from_host(str(file), f"{target}/{file.name}")
+
+
+def _checkout(place: Path) -> Path:
+    found = _unpacked(place) if place.is_file() else place
+    if not (found / "nixos" / "lib" / "eval-config.nix").exists():
+        raise PreconditionError(f"{place} is no checkout of Nixpkgs: {HOW}")
+    return found.resolve()
+
+
+def _unpacked(archive: Path) -> Path:
+    """An archive's only directory, below target/. It is unpacked once."""
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()[:12]
+    state = paths.REPOSITORY / "target" / "nixpkgs"
+    state.mkdir(parents=True, exist_ok=True)
+    directory = state / digest
+    with (state / ".lock").open("w") as lock:
+        # Two scenarios at once unpack it once.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            unfinished = state / f"{digest}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                with tarfile.open(archive) as packed:
+                    # Python before 3.11.4 has no such filter.
+                    packed.extraction_filter = getattr(tarfile, "data_filter", None)
+                    packed.extractall(unfinished)
+            except (OSError, tarfile.TarError) as error:
+                raise PreconditionError(f"{archive} is no archive of Nixpkgs: {error}") from error
+            unfinished.rename(directory)
+    [checkout] = directory.iterdir()
+    return checkout

@@ -12,6 +12,9 @@ from . import paths, terminal
 from .errors import PreconditionError
 from .host import check_preconditions
 from .image import base_image
+from .kernel import kernel_files
+from .qemu import check_qemu
+from .scenario import Outcome, log_path
 
 
 def find_scenarios(names: Sequence[str]) -> list[Path]:
@@ -36,12 +39,12 @@ class Runner:
         self._stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, scenario: Path) -> bool:
-        """Runs one; whether it passed."""
+    def run(self, scenario: Path) -> Outcome:
+        """Runs one."""
         command = [sys.executable, "-m", "driver", "scenario", scenario.stem, *self._options]
         with self._lock:
             if self._stopped:
-                return False
+                return Outcome.FAILED
             # The worker ends when its stdin does: when this process is killed.
             process = subprocess.Popen(
                 command,
@@ -60,7 +63,8 @@ class Runner:
         status = process.wait()
         with self._lock:
             self._running.discard(process)
-        return status == 0
+        # Anything else is how a process ends that was killed.
+        return Outcome(status) if status in list(Outcome) else Outcome.FAILED
 
     def stop(self) -> None:
         """Ends all workers; they clean up after themselves."""
@@ -70,10 +74,15 @@ class Runner:
                 process.terminate()
 
 
-def run_scenarios(scenarios: Sequence[Path], suite: str, jobs: int, options: Sequence[str]) -> bool:
-    """Runs all; whether all passed. Its last line is `N passed, N failed`."""
+def run_scenarios(
+    scenarios: Sequence[Path], suite: str, kernel: str | None, jobs: int, options: Sequence[str]
+) -> bool:
+    """Runs all; whether none failed. Its last line is `N passed, N failed, N skipped`."""
     check_preconditions()
     base_image(suite)
+    if kernel is not None:
+        check_qemu()
+        kernel_files(kernel)
     runner = Runner(options, prefix=True)
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         try:
@@ -81,9 +90,12 @@ def run_scenarios(scenarios: Sequence[Path], suite: str, jobs: int, options: Seq
         except BaseException:
             runner.stop()
             raise
-    failed = [path.stem for path, passed in zip(scenarios, results, strict=True) if not passed]
-    for name in failed:
-        log = os.path.relpath(paths.LOGS / f"{name}.log")
-        terminal.say(terminal.paint(f"{name} failed, its log is {log}", terminal.RED))
-    terminal.say(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+    failed = [
+        path for path, outcome in zip(scenarios, results, strict=True) if outcome is Outcome.FAILED
+    ]
+    for path in failed:
+        log = os.path.relpath(log_path(path, kernel))
+        terminal.say(terminal.paint(f"{path.stem} failed, its log is {log}", terminal.RED))
+    passed, skipped = (results.count(outcome) for outcome in (Outcome.PASSED, Outcome.SKIPPED))
+    terminal.say(f"{passed} passed, {len(failed)} failed, {skipped} skipped")
     return not failed

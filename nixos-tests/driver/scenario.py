@@ -4,6 +4,7 @@ import signal
 import time
 import traceback
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 from unittest import TestCase
@@ -15,6 +16,28 @@ from .install import SERVICE
 from .log import Log
 from .machine import Machine
 from .polling import retry
+
+
+def log_path(script: Path, kernel: str | None) -> Path:
+    """Where the log of a scenario is."""
+    name = script.stem if kernel is None else f"{script.stem}-{kernel}"
+    return paths.LOGS / f"{name}.log"
+
+
+class Outcome(IntEnum):
+    """How a scenario ended, as the exit code of the process that ran it."""
+
+    PASSED = 0
+    FAILED = 1
+    SKIPPED = 77
+    """As automake's and meson's tests say it."""
+
+
+WORDS = {
+    Outcome.PASSED: ("passed", terminal.GREEN),
+    Outcome.FAILED: ("FAILED", terminal.RED),
+    Outcome.SKIPPED: ("SKIPPED", terminal.BOLD),
+}
 
 
 class Assertions(TestCase):
@@ -32,6 +55,7 @@ class Scenario:
     install: bool = True
     verbose: bool = False
     timeout: int = 900
+    kernel: str | None = None
 
     @property
     def name(self) -> str:
@@ -39,34 +63,46 @@ class Scenario:
         return self.path.stem
 
     @property
+    def log_path(self) -> Path:
+        """Where its log is."""
+        return log_path(self.path, self.kernel)
+
+    @property
     def configuration(self) -> Path | None:
         """The stores it needs from boot on, if any."""
         file = self.path.with_suffix(".toml")
         return file if file.exists() else None
 
-    def run(self) -> bool:
-        """Whether it passed. Says on the terminal what happened."""
-        log = Log(paths.LOGS / f"{self.name}.log", self.verbose)
+    @property
+    def preparation(self) -> Path:
+        """The script that makes of a Debian what a file for NixOS declares, if there is one."""
+        return paths.PREPARATIONS / self.path.name
+
+    def run(self) -> Outcome:
+        """Runs it. Says on the terminal what happened."""
+        log = Log(self.log_path, self.verbose)
         started = time.monotonic()
         signal.signal(signal.SIGALRM, self._too_late)
-        signal.alarm(self.timeout)
         try:
-            with boot(self.suite, self.install, self.configuration, self.name, log) as machine:
-                passed = self._run_on(machine, log)
+            with boot(
+                *(self.suite, self.install, self.configuration, self.name, log, self.kernel)
+            ) as machine:
+                signal.alarm(int(machine.patient(self.timeout)))
+                outcome = self._run_on(machine, log)
         except (MachineError, PreconditionError, RequestedAssertionFailed) as error:
             log.tell(f"no machine: {error}", terminal.RED)
-            passed = False
+            outcome = Outcome.FAILED
         finally:
             signal.alarm(0)
-        word, colour = ("passed", terminal.GREEN) if passed else ("FAILED", terminal.RED)
+        word, colour = WORDS[outcome]
         log.tell(f"{word} after {time.monotonic() - started:.1f} s", colour)
         log.close()
-        return passed
+        return outcome
 
     def _too_late(self, _signal: int, _frame: FrameType | None) -> None:
         raise RequestedAssertionFailed(f"the scenario took more than {self.timeout} seconds")
 
-    def _run_on(self, machine: Machine, log: Log) -> bool:
+    def _run_on(self, machine: Machine, log: Log) -> Outcome:
         symbols: dict[str, object] = {
             "__name__": self.name,
             "machine": machine,
@@ -75,24 +111,29 @@ class Scenario:
             "start_all": machine.start,
             "join_all": machine.wait_for_shutdown,
             "subtest": log.subtest,
-            "retry": retry,
+            "retry": lambda fn, timeout_seconds=900.0: retry(fn, machine.patient(timeout_seconds)),
             "Skipped": Skipped,
         }
         try:
-            exec(compile(self.path.read_text(), self.path, "exec"), symbols)
+            if self.preparation.exists():
+                _execute(self.preparation, dict(symbols))
+            _execute(self.path, symbols)
         except Skipped as reason:
-            log.tell(f"SKIPPED: {reason}", terminal.BOLD)
+            log.tell(f"nothing to do here: {reason}", terminal.BOLD)
+            return Outcome.SKIPPED
         except Exception as error:
             signal.alarm(0)
             self._explain(error, machine, log)
-            return False
-        return True
+            return Outcome.FAILED
+        return Outcome.PASSED
 
     def _explain(self, error: Exception, machine: Machine, log: Log) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         if isinstance(error, (MachineError, RequestedAssertionFailed)):
             # The driver's own frames say nothing about the project.
-            frames = traceback.StackSummary(f for f in frames if f.filename == str(self.path))
+            frames = traceback.StackSummary(
+                f for f in frames if Path(f.filename).name == self.path.name
+            )
         for frame in frames:
             where = Path(frame.filename)
             if where.is_relative_to(paths.REPOSITORY):
@@ -101,6 +142,10 @@ class Scenario:
         log.tell(f"{type(error).__name__}: {error}", terminal.RED)
         unit = error.unit if isinstance(error, RequestedAssertionFailed) else None
         _show_journal(machine, log, {unit, SERVICE} - {None})
+
+
+def _execute(script: Path, symbols: dict[str, object]) -> None:
+    exec(compile(script.read_text(), script, "exec"), symbols)
 
 
 def _show_journal(machine: Machine, log: Log, units: set[str | None]) -> None:

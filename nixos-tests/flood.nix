@@ -1,0 +1,26 @@
+# Stores of root and of a user who means no good.
+{
+  name = "layered-stores-flood";
+
+  nodes.machine = {
+    imports = [ ./machine.nix ];
+
+    services.layeredStores.stores = {
+      ci = {
+        lowerStore = "/srv/base";
+        root = "/srv/ci/root";
+        upperLayer = "/srv/ci/upper";
+        workDir = "/srv/ci/work";
+      };
+      hers = {
+        lowerStore = "/srv/base";
+        owner = "alice";
+        root = "/srv/hers/root";
+        upperLayer = "/srv/hers/upper";
+        workDir = "/srv/hers/work";
+      };
+    };
+  };
+
+  testScript = builtins.readFile ./flood.py;
+}

@@ -1,0 +1,35 @@
+# Ten stores, of which one has its lower store on a filesystem that hangs, and one lies on that.
+{ lib, ... }:
+let
+  others = lib.genAttrs (map (number: "other-${toString number}") (lib.range 1 8)) (name: {
+    lowerStore = "/srv/base";
+    root = "/srv/${name}/root";
+    upperLayer = "/srv/${name}/upper";
+    workDir = "/srv/${name}/work";
+  });
+in
+{
+  name = "layered-stores-hang";
+
+  nodes.machine = {
+    imports = [ ./machine.nix ];
+
+    # Their lower stores are filled by the scenario, so nothing is there at boot.
+    services.layeredStores.stores = others // {
+      above = {
+        lowerStore = "layered:hung";
+        root = "/srv/above/root";
+        upperLayer = "/srv/above/upper";
+        workDir = "/srv/above/work";
+      };
+      hung = {
+        lowerStore = "/srv/fuse";
+        root = "/srv/hung/root";
+        upperLayer = "/srv/hung/upper";
+        workDir = "/srv/hung/work";
+      };
+    };
+  };
+
+  testScript = builtins.readFile ./hang.py;
+}
