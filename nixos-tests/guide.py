@@ -23,6 +23,8 @@ NOISE = re.compile(
     r"|note: currently hard linking"
     r"|.* layered-storesd\[\d+\]: \w+: reconfigured \("
 )
+# A slow machine comes to look later, when the store has been refreshed.
+REFRESHED = r"-|(just now|.* ago): \w+ \(.*\)"
 # The machine has no network, so that nothing is to be asked of a cache.
 ENVIRONMENT = "export NIX_CONFIG='substituters ='"
 
@@ -55,7 +57,7 @@ def plain(text: str) -> list[str]:
         STORE_PATH.sub("/nix/store/…", line).replace("/nix/store/…-note", "/nix/store/…")
         for line in lines
     ]
-    lines = [re.sub(r"^( +refreshed  ).*", r"\1N", line) for line in lines]
+    lines = [re.sub(rf"^( +refreshed  |● \S+ +active .*  )({REFRESHED})$", r"\1N", line) for line in lines]
     return [re.sub(r"\b[\d.]+ ([KMGT]?i?B|s|min)\b", r"N", line) for line in lines if line]
 
 
@@ -72,7 +74,9 @@ class Reader:
             command = command.replace("/nix/store/…-note", self.path)
         exports = self.exports.setdefault(user, [ENVIRONMENT])
         home = SOURCE if user == "root" else f"/home/{user}"
-        script = "\n".join(["set -e", *exports, f"cd {home}", command])
+        # The journal has what was said before, as it has for somebody who types.
+        sync = ["journalctl --sync"] * command.startswith("journalctl")
+        script = "\n".join(["set -e", *sync, *exports, f"cd {home}", command])
         as_user = "" if user == "root" else f"runuser --login {user} -c "
         shell = f"{as_user}{shlex.quote(script)}" if as_user else f"bash -c {shlex.quote(script)}"
         code, output = machine.execute(f"{shell} 2>&1 </dev/null")

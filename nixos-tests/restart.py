@@ -131,8 +131,10 @@ machine.succeed(
 )
 
 
-# Where every instruction is emulated, every place would take hours: the first of each call it is.
+# Where every instruction is emulated, every place would take hours. There it is about another
+# kernel: of the calls of which kernels have something to say, the first of each.
 EMULATED = machine.execute("systemd-detect-virt")[1].strip() == "qemu"
+OF_KERNELS = {"ioctl", "renameat2", "fsetxattr", "setns", "flock", "unlinkat", *SWAP.split()}
 PATIENCE = 10 if EMULATED else 1
 # Before Linux 6.5 nothing can be put in the place of a mount that is in use.
 SWAPS = tuple(map(int, machine.succeed("uname -r").split(".")[:2])) >= (6, 5)
@@ -145,6 +147,8 @@ def kill_at_every(calls: str, before: str, errand: str, after: str, meanwhile: s
     """
     kills = 0
     for call in calls.split():
+        if EMULATED and call not in OF_KERNELS:
+            continue
         for number in range(1, 2 if EMULATED else 100):
             kill = f"-e trace=?{call} -e inject=?{call}:signal=SIGKILL:when={number}"
             result = machine.succeed(
@@ -326,7 +330,7 @@ with subtest("Killed while it removes what is in a store"):
     machine.succeed(f"systemctl start layered-storesd\n{UP_WITH_DATA}")
 
 log.info(f"The daemon was killed at {kills} places")
-assert kills > (25 if EMULATED else 100), f"only {kills} kills: has strace lost its grip?"
+assert kills > (15 if EMULATED else 100), f"only {kills} kills: has strace lost its grip?"
 
 # Restarts
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,9 @@ from .image import base_image
 from .kernel import kernel_files
 from .qemu import check_qemu
 from .scenario import Outcome, log_path
+
+# How many lines of what a scenario said in failing are said again at the end.
+SAID_AGAIN = 16
 
 
 def find_scenarios(names: Sequence[str]) -> list[Path]:
@@ -38,6 +42,8 @@ class Runner:
         self._lock = threading.Lock()
         self._stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
+        self.said: dict[Path, deque[str]] = {}
+        """The last lines of each."""
 
     def run(self, scenario: Path) -> Outcome:
         """Runs one."""
@@ -56,9 +62,11 @@ class Runner:
             )
             self._running.add(process)
         assert process.stdout is not None
+        said = self.said[scenario] = deque(maxlen=SAID_AGAIN)
         with process.stdout:
             for raw in process.stdout:
                 line = raw.decode(errors="replace").rstrip("\n")
+                said.append(line)
                 terminal.say(f"{scenario.stem}: {line}" if self._prefix else line)
         status = process.wait()
         with self._lock:
@@ -93,6 +101,9 @@ def run_scenarios(
     failed = [
         path for path, outcome in zip(scenarios, results, strict=True) if outcome is Outcome.FAILED
     ]
+    for path in failed:
+        # Other scenarios have said much since, and the log may be out of reach.
+        terminal.say("\n".join(["", f"The end of what {path.stem} said:", *runner.said.get(path, ())]))
     for path in failed:
         log = os.path.relpath(log_path(path, kernel))
         terminal.say(terminal.paint(f"{path.stem} failed, its log is {log}", terminal.RED))

@@ -134,14 +134,15 @@ class Scenario:
             frames = traceback.StackSummary(
                 f for f in frames if Path(f.filename).name == self.path.name
             )
+        unit = error.unit if isinstance(error, RequestedAssertionFailed) else None
+        _show_journal(machine, log, {unit, SERVICE} - {None})
+        # What matters most comes last, where a screen and a log that was cut short still have it.
         for frame in frames:
             where = Path(frame.filename)
             if where.is_relative_to(paths.REPOSITORY):
                 where = where.relative_to(paths.REPOSITORY)
             log.tell(f"{where}:{frame.lineno}: {frame.line}")
         log.tell(f"{type(error).__name__}: {error}", terminal.RED)
-        unit = error.unit if isinstance(error, RequestedAssertionFailed) else None
-        _show_journal(machine, log, {unit, SERVICE} - {None})
 
 
 def _execute(script: Path, symbols: dict[str, object]) -> None:
