@@ -7,7 +7,12 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
-use zbus::{Connection, fdo, names::WellKnownName, proxy, proxy::CacheProperties, wire::OwnedObjectPath};
+use zbus::{
+    Connection, fdo,
+    names::WellKnownName,
+    proxy,
+    wire::{DeserializeDict, OwnedObjectPath, Type},
+};
 
 use crate::BUS_NAME;
 use crate::client::ClientError;
@@ -27,6 +32,7 @@ const BEGIN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The daemon's unit.
 const UNIT: &str = "layered-storesd.service";
+const UNIT_PATH: &str = "/org/freedesktop/systemd1/unit/layered_2dstoresd_2eservice";
 
 /// How often it may fail before it is given up on.
 const TRIES: u32 = 2;
@@ -43,45 +49,13 @@ trait SystemdManager {
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
 }
 
-#[proxy(
-    interface = "org.freedesktop.systemd1.Unit",
-    default_service = "org.freedesktop.systemd1",
-    default_path = "/org/freedesktop/systemd1/unit/layered_2dstoresd_2eservice"
-)]
-trait SystemdUnit {
-    #[zbus(property)]
-    fn active_state(&self) -> zbus::Result<String>;
-
-    #[zbus(property)]
-    fn unit_file_state(&self) -> zbus::Result<String>;
-
-    #[zbus(property, name = "InvocationID")]
-    fn invocation_id(&self) -> zbus::Result<Vec<u8>>;
-}
-
-#[proxy(
-    interface = "org.freedesktop.systemd1.Service",
-    default_service = "org.freedesktop.systemd1",
-    default_path = "/org/freedesktop/systemd1/unit/layered_2dstoresd_2eservice"
-)]
-trait SystemdService {
-    #[zbus(property, name = "NRestarts")]
-    fn n_restarts(&self) -> zbus::Result<u32>;
-
-    #[zbus(property)]
-    fn result(&self) -> zbus::Result<String>;
-
-    #[zbus(property)]
-    fn exec_main_status(&self) -> zbus::Result<i32>;
-
-    #[zbus(property)]
-    fn status_text(&self) -> zbus::Result<String>;
-}
-
 /// What systemd knows about the daemon.
+#[derive(DeserializeDict, Type)]
+#[zbus(signature = "a{sv}", rename_all = "PascalCase")]
 struct Unit {
     active_state: String,
-    file_state: String,
+    unit_file_state: String,
+    #[zbus(rename = "InvocationID")]
     invocation_id: Vec<u8>,
     n_restarts: u32,
     result: String,
@@ -97,24 +71,17 @@ impl Unit {
     }
 
     async fn ask(connection: &Connection) -> zbus::Result<Self> {
-        let uncached = CacheProperties::No;
-        let unit = SystemdUnitProxy::builder(connection).cache_properties(uncached).build().await?;
-        let service = SystemdServiceProxy::builder(connection).cache_properties(uncached).build().await?;
-        Ok(Self {
-            active_state: unit.active_state().await?,
-            file_state: unit.unit_file_state().await?,
-            invocation_id: unit.invocation_id().await?,
-            n_restarts: service.n_restarts().await?,
-            result: service.result().await?,
-            exec_main_status: service.exec_main_status().await?,
-            status_text: service.status_text().await?,
-        })
+        // All in one answer, of all interfaces (""), as systemctl asks: between two, a daemon that has failed may be started
+        // again, and half of one run with half of another tells of a failure that there never was.
+        let interface = Some("org.freedesktop.DBus.Properties");
+        let call = connection.call_method(Some("org.freedesktop.systemd1"), UNIT_PATH, interface, "GetAll", &("",));
+        call.await?.body().deserialize()
     }
 
     /// Why it will not come up, if it has failed since `before`, or is not going to be started again. `said` is what it has said
     /// last: that is gone when it is started again.
     fn failure(&self, before: Option<&Self>, said: &str, has_to_have_begun: bool) -> Option<ClientError> {
-        match self.file_state.as_str() {
+        match self.unit_file_state.as_str() {
             "masked" => return Some(ClientError::Masked { unmask: "unmask" }),
             "masked-runtime" => return Some(ClientError::Masked { unmask: "unmask --runtime" }),
             _ => {}
@@ -150,14 +117,19 @@ impl Start {
         Self { before: Unit::look(connection).await, began: Instant::now(), said: String::new() }
     }
 
-    /// Why it will not come up, as far as that can be told yet. With `has_to_begin` it was the bus that was asked for it, which may
-    /// not have asked systemd.
-    async fn failure(&mut self, connection: &Connection, has_to_begin: bool) -> Option<ClientError> {
+    /// Why it will not come up, as far as that can be told yet. `by_bus`: it was the bus that was asked for it, which may not have
+    /// asked systemd.
+    async fn failure(&mut self, connection: &Connection, by_bus: bool) -> Option<ClientError> {
+        let has_to_have_begun = by_bus && self.began.elapsed() > BEGIN_PATIENCE;
+        self.failure_by_now(connection, has_to_have_begun).await
+    }
+
+    /// The same, if it `has_to_have_begun`: then an earlier failure is the one.
+    async fn failure_by_now(&mut self, connection: &Connection, has_to_have_begun: bool) -> Option<ClientError> {
         let unit = Unit::look(connection).await?;
         if !unit.status_text.is_empty() {
             self.said.clone_from(&unit.status_text);
         }
-        let has_to_have_begun = has_to_begin && self.began.elapsed() > BEGIN_PATIENCE;
         unit.failure(self.before.as_ref(), &self.said, has_to_have_begun)
     }
 }
@@ -185,10 +157,11 @@ pub(super) async fn reach(connection: &Connection) -> Result<(), ClientError> {
     let mut is_asked = false;
     while watched.began.elapsed() < START_PATIENCE + SYSTEMD_PATIENCE {
         tokio::select! {
-            started = &mut start, if !is_asked => {
-                started?;
-                is_asked = true;
-            }
+            started = &mut start, if !is_asked => match started {
+                Ok(()) => is_asked = true,
+                // The bus may have given up on the start that an earlier caller has asked for.
+                Err(error) => return Err(watched.failure_by_now(connection, !is_root).await.unwrap_or(error)),
+            },
             () = sleep(PAUSE) => {}
         }
         if is_running(connection).await? {
