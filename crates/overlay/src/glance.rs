@@ -33,6 +33,9 @@ pub fn is_stale(layers: &Layers, names: &BTreeSet<OsString>) -> Result<bool, Err
     let upper = at(Spot::Upper, &layers.upper)?;
     let (lower, merged) = (at(Spot::Lower, &layers.lower)?, at(Spot::Merged, &layers.merged)?);
     for name in names {
+        // Most names are remembered in no store, and of these the layers need not be asked.
+        progress::at(Spot::Merged);
+        let Some(remembered) = remembered(&merged, name)? else { continue };
         progress::at(Spot::Upper);
         let shown = match is_there(&upper, name)? {
             Some(is_whiteout) => !is_whiteout,
@@ -41,7 +44,7 @@ pub fn is_stale(layers: &Layers, names: &BTreeSet<OsString>) -> Result<bool, Err
                 is_there(&lower, name)?.is_some()
             }
         };
-        if remembered(&merged, name)?.is_some_and(|remembered| remembered != shown) {
+        if remembered != shown {
             return Ok(true);
         }
     }
