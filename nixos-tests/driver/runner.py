@@ -103,7 +103,8 @@ def run_scenarios(
     ]
     for path in failed:
         # Other scenarios have said much since, and the log may be out of reach.
-        terminal.say("\n".join(["", f"The end of what {path.stem} said:", *runner.said.get(path, ())]))
+        said = runner.said.get(path, ())
+        terminal.say("\n".join(["", f"The end of what {path.stem} said:", *said]))
     for path in failed:
         log = os.path.relpath(log_path(path, kernel))
         terminal.say(terminal.paint(f"{path.stem} failed, its log is {log}", terminal.RED))

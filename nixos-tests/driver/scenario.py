@@ -54,7 +54,7 @@ class Scenario:
     suite: str = "trixie"
     install: bool = True
     verbose: bool = False
-    timeout: int = 900
+    timeout: int = 2400
     kernel: str | None = None
 
     @property
