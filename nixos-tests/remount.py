@@ -17,8 +17,9 @@ UPPER = "/srv/ci/upper"
 STORE = "org.layeredstores1 /org/layeredstores1/store/ci org.layeredstores1.Store"
 NO_BUS = "DBUS_SYSTEM_BUS_ADDRESS=unix:path=/nonexistent"
 
-# How soon a change that nobody announced is seen by everybody.
-SOON = 10
+# How soon a change that nobody announced is seen by everybody. It takes some seconds at the most,
+# and half a minute if the first try failed.
+SOON = 25
 
 
 def status(store: str = "ci") -> dict[str, object]:
@@ -164,8 +165,8 @@ if SWAPS:
             "busctl --json=short monitor "
             "--match \"type='signal',path='/org/layeredstores1/store/ci'\"",
             # A service with a mount namespace of its own, from before the swap.
-            "systemd-run --quiet -E PATH --unit=viewer -p PrivateTmp=yes -p ProtectSystem=strict "
-            "-p ProtectHome=yes sleep infinity",
+            "systemd-run --quiet -E PATH --unit=viewer --service-type=exec -p PrivateTmp=yes "
+            "-p ProtectSystem=strict -p ProtectHome=yes sleep infinity",
         )
         listens = "layered-stores remount ci; grep -q RefreshCount /run/monitor"
         machine.wait_until_succeeds(listens, timeout=SOON)
@@ -188,13 +189,13 @@ if SWAPS:
             machine.succeed(f"runuser -u bob -- grep below {MERGED}/{base}/file")
         t.assertEqual(count("swap-count"), swaps + 1)
         t.assertGreater(count("refresh-count"), refreshes)
-        if not EMULATED:
-            t.assertEqual(status()["last-refresh"], "swapped")
         t.assertEqual(status()["problems"], [])
 
     with subtest("Clients are told of it"):
         machine.wait_until_succeeds("grep -q SwapCount /run/monitor", timeout=SOON)
-        signals = map(json.loads, machine.succeed("cat /run/monitor").splitlines())
+        # The last line may be half written.
+        lines = machine.succeed("cat /run/monitor").splitlines(keepends=True)
+        signals = [json.loads(line) for line in lines if line.endswith("\n")]
         changes = [
             signal["payload"]["data"][1]
             for signal in signals
@@ -203,9 +204,13 @@ if SWAPS:
         ]
         t.assertEqual(len(changes), 1)
         t.assertEqual(changes[0]["SwapCount"]["data"], swaps + 1)
-        if not EMULATED:
-            t.assertEqual(changes[0]["RefreshCount"]["data"], count("refresh-count"))
         t.assertEqual(changes[0]["LastRefresh"]["data"], "swapped")
+        # By now somebody may have looked again who was not asked.
+        found, announced = status(), changes[0]["RefreshCount"]["data"]
+        if found["refresh-count"] == announced:
+            t.assertEqual(found["last-refresh"], "swapped")
+        else:
+            t.assertGreater(found["refresh-count"], announced)
         machine.succeed("systemctl stop monitor")
 
     with subtest("The fresh mount is as the old one: one mount, its flags, its unit"):
@@ -247,7 +252,8 @@ with subtest("What happens in the upper layer without a call of the hook is made
         with held_open(base):
             machine.succeed(f"rm -r {UPPER}/{base}")
             machine.wait_until_succeeds(f"grep -q below {MERGED}/{base}/file", timeout=SOON)
-        t.assertGreater(count("swap-count"), swaps)
+        # It is counted when it has been looked at.
+        retry(lambda _last: count("swap-count") > swaps, SOON)
 
 with subtest("The lower store gains a path that was looked for before"):
     machine.succeed("mkdir -p /tmp/later; echo later > /tmp/later/file")
@@ -332,7 +338,8 @@ with subtest("A daemon that is not running is started by the hook"):
     machine.succeed("systemctl stop layered-storesd")
     t.assertEqual(delete(base).count("layered-stores-remount"), 0)
     t.assertEqual(shown(base), "activated below")
-    machine.require_unit_state("layered-storesd")
+    # It may still be about other stores.
+    machine.wait_for_unit("layered-storesd")
 
 with subtest("A daemon that cannot be started is done without"):
     base = in_both_layers("masked")
@@ -349,6 +356,8 @@ with subtest("A daemon that cannot be started is done without"):
 
 with subtest("The owner of a store may call the hook, and nobody else but root"):
     t.assertEqual(machine.succeed("stat --format %U:%a /srv/hers/upper"), "alice:755\n")
+    # Sees to all that is to be seen to, so that from here on only who asks is counted.
+    machine.succeed("layered-stores remount hers")
     before = count("refresh-count", "hers")
     machine.succeed("runuser -u alice -- layered-stores-remount /srv/hers/root/nix/store")
     after = count("refresh-count", "hers")
@@ -406,12 +415,15 @@ with subtest("What changed while the daemon was away is made good when it is bac
         machine.wait_until_succeeds(f"grep -q below {MERGED}/{base}/file", timeout=SOON)
     base = in_both_layers("killed")
     with held_open(base) if SWAPS else nullcontext():
-        machine.succeed(f"systemctl kill --signal=KILL layered-storesd; rm -r {UPPER}/{base}")
+        # One that is stopped first cannot be back before it was seen what it leaves.
+        machine.succeed(f"systemctl kill --signal=STOP layered-storesd; rm -r {UPPER}/{base}")
         t.assertNotEqual(shown(base), "killed below")
+        machine.succeed("systemctl kill --signal=KILL layered-storesd")
         machine.wait_until_succeeds(f"grep -q below {MERGED}/{base}/file", timeout=SOON)
     machine.wait_for_unit("layered-storesd")
     if not EMULATED:
-        t.assertEqual(status()["last-refresh"], "swapped" if SWAPS else "reconfigured")
+        wanted = "swapped" if SWAPS else "reconfigured"
+        retry(lambda _last: status()["last-refresh"] == wanted, SOON)
 
 with subtest("One who is inside with `layered-stores enter` sees what is new, too"):
     machine.succeed("mkdir -p /tmp/inside; echo inside > /tmp/inside/file")

@@ -34,7 +34,7 @@ def problems(store: str) -> dict[str, str]:
     return {problem["code"]: problem["message"] for problem in found}
 
 
-def wait_for_state(store: str, state: str, timeout: int = 20) -> None:
+def wait_for_state(store: str, state: str, timeout: int = 60) -> None:
     machine.wait_until_succeeds(
         f"busctl get-property org.layeredstores1 /org/layeredstores1/store/{store} "
         f"org.layeredstores1.Store State | grep -Fx 's \"{state}\"'",
@@ -56,7 +56,7 @@ def nothing_of_his_is_seen_or_gone() -> None:
 
 
 def pin(store: str) -> None:
-    """A path in both layers is open, and deleted from the upper one: only a swap helps.
+    """A path in both layers is open. Once it is deleted from the upper one, only a swap helps.
 
     Whoever holds it has its working directory in the store, too.
     """
@@ -71,7 +71,11 @@ def pin(store: str) -> None:
     machine.wait_until_succeeds(
         "readlink /proc/$(systemctl show -P MainPID holder)/fd/0 | grep file"
     )
-    machine.succeed(f"rm -r {upper}/{PATH}")
+
+
+def delete(store: str) -> str:
+    """A command line that deletes it. 300 ms later the daemon sees to that by itself."""
+    return f"rm -r /srv/{store}/upper/{PATH}"
 
 
 def wait_for_next_daemon(after: str) -> None:
@@ -117,11 +121,11 @@ time.sleep(3600)
             f"systemd-run --quiet -E PATH --uid={user} --unit=locks-{user} "
             f"python3 /srv/lock.py {user}"
         )
-        machine.wait_for_file(f"/tmp/held-by-{user}", timeout=20)
+        machine.wait_for_file(f"/tmp/held-by-{user}", timeout=60)
     machine.succeed(
         f"grep -qx {HERS}/upper /tmp/held-by-alice", "grep -qx /srv/ci/upper /tmp/held-by-alice"
     )
-    machine.succeed("layered-stores start ci hers", timeout=30)
+    machine.succeed("layered-stores start ci hers", timeout=60)
     machine.succeed("systemctl restart layered-storesd", timeout=60)
     for store in ("ci", "hers"):
         assert status(store)["state"] == "active", status(store)
@@ -132,7 +136,7 @@ time.sleep(3600)
 with subtest("An owner of what is above a store puts other directories in the place of its own"):
     pin("hers")
     # A mistake of root's.
-    machine.succeed(f"chown alice {HERS}")
+    machine.succeed(f"chown alice {HERS}", delete("hers"))
     for name, replacement in {
         "upper": f"ln -s {SECRET} {HERS}/upper",
         "work": f"ln -s {SECRET} {HERS}/work",
@@ -157,7 +161,7 @@ with subtest("An owner of what is above a store puts other directories in the pl
 
 with subtest("Whoever owns the way to a lower store leads it elsewhere"):
     pin("hers")
-    machine.succeed(f"chown alice {LOWER}")
+    machine.succeed(f"chown alice {LOWER}", delete("hers"))
     machine.succeed(by("alice", f"mv {LOWER}/nix {LOWER}/away; mkdir {LOWER}/nix"))
     machine.succeed(by("alice", f"ln -s {SECRET} {LOWER}/nix/store"))
     machine.fail("layered-stores remount hers 2>&1", timeout=60)
@@ -234,15 +238,17 @@ with subtest("What is mounted over a store during a refresh stays, and the store
         pin("ci")
         machine.succeed(
             "systemctl stop layered-storesd",
+            delete("ci"),
             f"echo 'SLOW=-e trace={call} -e inject={call}:delay_enter=4000000:when=1' >/run/slow",
             "systemctl start slow",
             "systemd-run --quiet -E PATH --unit=refresh layered-stores remount ci",
         )
-        machine.wait_until_succeeds(
-            f"{{ grep -s '^{number} ' /proc/[0-9]*/task/*/syscall || true; }} | grep .", timeout=60
-        )
         machine.succeed(
-            f"mount -t tmpfs theirs {merged('ci')}", f"echo theirs >{merged('ci')}/theirs"
+            # In one command: it does not last long.
+            f"until {{ grep -s '^{number} ' /proc/[0-9]*/task/*/syscall || true; }} | grep .; "
+            f"do sleep 0.02; done; mount -t tmpfs theirs {merged('ci')}",
+            f"echo theirs >{merged('ci')}/theirs",
+            timeout=60,
         )
         machine.wait_until_fails("systemctl is-active --quiet refresh", timeout=60)
         wait_for_state("ci", "failed")
@@ -267,11 +273,12 @@ with subtest("What takes the place of a store or its layers while it is started 
         "systemctl start --no-block slow",
     )
     # The main thread's is none that mounts: it finds out whether the kernel can swap.
-    machine.wait_until_succeeds(
-        "{ grep -ls '^429 ' /proc/[0-9]*/task/*/syscall || true; } | awk -F/ '$3 != $5' | grep .",
+    machine.succeed(
+        "until { grep -ls '^429 ' /proc/[0-9]*/task/*/syscall || true; } | "
+        "awk -F/ '$3 != $5' | grep .; "
+        f"do sleep 0.02; done; mount -t tmpfs theirs {merged('ci')}",
         timeout=60,
     )
-    machine.succeed(f"mount -t tmpfs theirs {merged('ci')}")
     machine.wait_until_succeeds(
         "journalctl --unit=slow | grep 'ci: something else was mounted at .* in the same moment'",
         timeout=60,
@@ -286,11 +293,9 @@ with subtest("What takes the place of a store or its layers while it is started 
         "echo 'SLOW=-e trace=fsopen -e inject=fsopen:delay_enter=4000000:when=1' >/run/slow",
         "systemctl start --no-block slow",
     )
-    machine.wait_until_succeeds(
-        "{ grep -s '^430 ' /proc/[0-9]*/task/*/syscall || true; } | grep .", timeout=60
-    )
     machine.succeed(
-        "mv /srv/ci/upper /srv/ci/kept; mkdir /srv/ci/upper",
+        "until { grep -s '^430 ' /proc/[0-9]*/task/*/syscall || true; } | grep .; "
+        "do sleep 0.02; done; mv /srv/ci/upper /srv/ci/kept; mkdir /srv/ci/upper",
         "until journalctl --unit=slow | "
         "grep 'ci: /srv/ci/upper was replaced by another directory while an overlay'; "
         "do sleep 0.02; done; rmdir /srv/ci/upper; mv /srv/ci/kept /srv/ci/upper",
@@ -307,13 +312,13 @@ with subtest("A mount that lacks its flags is not taken over as it is"):
     assert "nosuid,nodev" in machine.succeed(FLAGS)
     machine.succeed(f"mount -o remount,bind,suid,dev,noexec {merged('ci')}")
     machine.wait_until_succeeds(
-        "{ layered-stores status ci || true; } | grep 'without nosuid, nodev'", timeout=20
+        "{ layered-stores status ci || true; } | grep 'without nosuid, nodev'", timeout=60
     )
     assert list(problems("ci")) == ["mount-options"], problems("ci")
     machine.succeed("systemctl restart layered-storesd", timeout=60)
     flags = machine.succeed(FLAGS)
     assert "nosuid,nodev" in flags and "noexec" not in flags, flags
-    machine.wait_until_succeeds("layered-stores status ci", timeout=5)
+    machine.wait_until_succeeds("layered-stores status ci", timeout=60)
     assert problems("ci") == {}, problems("ci")
     # One that somebody else has made is theirs to put right.
     options = f"lowerdir={LOWER}/nix/store,upperdir=/srv/ci/upper,workdir=/srv/ci/work"
@@ -327,7 +332,7 @@ with subtest("A mount that lacks its flags is not taken over as it is"):
     assert "without nosuid, other than declared" in said and f"`umount {merged('ci')}`" in said
     machine.succeed(f"umount {merged('ci')}")
     machine.wait_until_succeeds(
-        f"{FLAGS} | grep nosuid,nodev && layered-stores status ci", timeout=20
+        f"{FLAGS} | grep nosuid,nodev && layered-stores status ci", timeout=60
     )
 
 # Superblocks that were swapped out
@@ -343,7 +348,7 @@ with subtest("A superblock that was swapped out takes no writes, however the dae
         pid = machine.get_unit_property("layered-storesd", "MainPID")
         swaps = int(str(status("ci")["swap-count"]))
         machine.succeed(f"touch {INSIDE} && rm {INSIDE}")
-        machine.succeed(f"layered-stores remount ci && {end}", timeout=60)
+        machine.succeed(f"{delete('ci')} && layered-stores remount ci && {end}", timeout=60)
         if end == stop:
             # It has not gone without.
             said = machine.fail(f"touch {INSIDE} 2>&1")
@@ -351,7 +356,7 @@ with subtest("A superblock that was swapped out takes no writes, however the dae
             machine.succeed("systemctl start layered-storesd", timeout=60)
         elif end == kill:
             wait_for_next_daemon(pid)
-        machine.wait_until_succeeds(TAKES_NO_WRITES, timeout=20)
+        machine.wait_until_succeeds(TAKES_NO_WRITES, timeout=60)
         # That of the store does.
         machine.succeed(f"touch {merged('ci')}/.written", f"rm {merged('ci')}/.written")
         machine.succeed(f"grep lower {merged('ci')}/{PATH}/file")
@@ -368,11 +373,11 @@ with subtest("While somebody writes through it, it is tried again until they do 
         "readlink /proc/$(systemctl show -P MainPID writer)/fd/1 | grep log"
     )
     pin("ci")
-    machine.succeed("layered-stores remount ci")
+    machine.succeed(delete("ci"), "layered-stores remount ci")
     machine.wait_until_succeeds(
         "journalctl --unit=layered-storesd | grep 'ci: the mount that was swapped out does not "
         "become read-only: a process goes on writing through it; it is tried again'",
-        timeout=20,
+        timeout=60,
     )
     machine.succeed(f"touch {INSIDE} && rm {INSIDE}")
     # Over a restart as well.
@@ -381,7 +386,7 @@ with subtest("While somebody writes through it, it is tried again until they do 
     machine.wait_until_succeeds(TAKES_NO_WRITES, timeout=60)
     # PID 1 keeps nothing any longer but the hook's socket.
     machine.wait_until_succeeds(
-        "test $(systemctl show -P NFileDescriptorStore layered-storesd) = 1", timeout=20
+        "test $(systemctl show -P NFileDescriptorStore layered-storesd) = 1", timeout=60
     )
     machine.succeed(
         "systemctl stop holder", "layered-stores verify ci", "layered-stores verify hers"
