@@ -34,11 +34,14 @@ def status(name: str) -> dict[str, Any]:
     return properties
 
 
-def everything() -> str:
+def everything() -> tuple[str, list[dict[str, Any]]]:
     """What would show that somebody got through: mounts, and all that is known of all stores."""
-    return machine.succeed(
-        "grep ' /srv/.*/nix/store ' /proc/self/mountinfo", "layered-stores status --json"
-    )
+    mounts = machine.succeed("grep ' /srv/.*/nix/store ' /proc/self/mountinfo")
+    stores: list[dict[str, Any]] = json.loads(machine.succeed("layered-stores status --json"))
+    for store in stores:
+        # The whole machine writes to that filesystem.
+        store.pop("free-bytes")
+    return mounts, stores
 
 
 machine.wait_for_unit("layered-storesd.service")
@@ -86,7 +89,8 @@ with subtest("And hears of changes"):
         "layered-stores remount ci; test $(systemctl show -P SubState listener) = exited",
         timeout=20,
     )
-    machine.succeed("journalctl --unit=listener | grep RefreshCount")
+    # The journal may be behind.
+    machine.succeed("journalctl --sync; journalctl --unit=listener | grep RefreshCount")
 
 with subtest("But may change nothing, and is told which permission that takes"):
     before = everything()
@@ -164,6 +168,8 @@ with subtest("The bus refuses what is not on the list, and nobody else gets the 
 with subtest("The owner may remount her store, in every way there is, and nothing else"):
     machine.succeed("test $(stat -c %U /srv/hers/upper) = alice")
     hers = "/srv/hers/root/nix/store"
+    # Sees to all that is to be seen to, so that from here on only who asks is counted.
+    machine.succeed("layered-stores remount hers")
     for command in [
         "layered-stores remount hers",
         f"layered-stores-remount {hers}",
@@ -197,12 +203,16 @@ with subtest("Somebody who keeps the daemon's socket busy keeps nobody from remo
         "systemd-run --quiet --unit=crowd --uid=alice --setenv=PATH=$PATH sh -c "
         + shlex.quote(f"for _ in $(seq 100); do {hook} & done; wait")
     )
-    machine.wait_until_succeeds("test $(pgrep -c -u alice strace) = 100", timeout=60)
+    # Until none of them takes time any more: each was stopped before its first word.
+    machine.wait_until_succeeds(
+        "test $(ps -u alice -o stat=,comm= | grep -c '^t.* layered-stores') = 100", timeout=120
+    )
     for user, directory in [("root", MERGED), ("bob", "/srv/his/root/nix/store")]:
         began = time.monotonic()
         machine.succeed(by(user, f"layered-stores-remount {directory}"), timeout=30)
         took = time.monotonic() - began
-        assert took < 2, (user, took)
+        # One that is silent is listened to for 5 s.
+        assert took < 4, (user, took)
     machine.succeed("systemctl kill --signal=KILL crowd")
 
 with subtest("An administrator lets a user remount a store, and the daemon need not be told"):
@@ -219,6 +229,7 @@ with subtest("An administrator lets a user remount a store, and the daemon need 
         # polkit itself looks into this directory only if it was there when it started.
         "systemctl restart polkit",
     )
+    machine.succeed("layered-stores remount ci")
     count = status("ci")["refresh-count"]
     machine.succeed(
         by("alice", "layered-stores remount ci"), by("alice", f"layered-stores-remount {MERGED}")
@@ -229,7 +240,7 @@ with subtest("An administrator lets a user remount a store, and the daemon need 
         refused("alice", f"layered-stores {command}")
     refused("bob", "layered-stores remount ci")
     machine.succeed(f"rm {RULES}/10-alice.rules")
-    machine.wait_until_fails(by("alice", "layered-stores remount ci"), timeout=20)
+    machine.wait_until_fails(by("alice", "layered-stores remount ci"), timeout=60)
     assert machine.get_unit_property("layered-storesd.service", "MainPID") == pid
 
 with subtest("Without polkit, root and owners do what they may, and everybody else is refused"):

@@ -12,6 +12,9 @@ MERGED = "/srv/ci/root/nix/store"
 UNIT = "srv-ci-root-nix-store.mount"
 OBJECT = "/org/layeredstores1/store/ci"
 PATH = f"{'0' * 32}-path"
+# By when something has happened by itself. What it takes is a fraction of a second, and up to one
+# where systemd has to look at the mount table; the rest is for a machine that has much to do.
+SOON = 30
 OPTIONS = (
     f"nosuid,nodev,lowerdir={LOWER}/nix/store,upperdir={UPPER},workdir=/srv/ci/work,"
     "index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off"
@@ -32,12 +35,12 @@ def problems() -> dict[str, str]:
     return {problem["code"]: problem["message"] for problem in status()["problems"]}
 
 
-def wait_for_state(state: str, timeout: int = 5) -> None:
+def wait_for_state(state: str, timeout: int = SOON) -> None:
     get = f"busctl get-property org.layeredstores1 {OBJECT} org.layeredstores1.Store State"
     machine.wait_until_succeeds(f"{get} | grep -Fx 's \"{state}\"'", timeout=timeout)
 
 
-def wait_for_problem(code: str, timeout: int = 5) -> None:
+def wait_for_problem(code: str, timeout: int = SOON) -> None:
     get = f"busctl get-property org.layeredstores1 {OBJECT} org.layeredstores1.Store Problems"
     machine.wait_until_succeeds(f"{get} | grep -F '\"{code}\"'", timeout=timeout)
 
@@ -52,16 +55,26 @@ def mount_id() -> str:
     return machine.succeed(f"awk '$5 == \"{MERGED}\" {{ print $1 }}' /proc/self/mountinfo")
 
 
-def announced() -> list[str]:
-    """The states that the daemon has announced on the bus since this was asked last."""
-    global heard
-    signals = [json.loads(line) for line in machine.succeed("cat /run/signals").splitlines()]
-    changes = [
+def changes() -> list[dict[str, Any]]:
+    """What the daemon has announced on the bus. The last line may be half written."""
+    lines = machine.succeed("cat /run/signals").splitlines(keepends=True)
+    signals = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [
         signal["payload"]["data"][1]
         for signal in signals
         if signal["member"] == "PropertiesChanged" and signal["path"] == OBJECT
     ]
-    states = [change["State"]["data"] for change in changes if "State" in change]
+
+
+def announced() -> list[str]:
+    """The states that the daemon has announced since this was asked last. The store is active."""
+    global heard
+    # What came before is there once this is.
+    machine.succeed("layered-stores remount ci")
+    count = status()["refresh-count"]
+    counts = "RefreshCount"
+    retry(lambda _: any(c[counts]["data"] >= count for c in changes() if counts in c), 60)
+    states = [change["State"]["data"] for change in changes() if "State" in change]
     new, heard = states[heard:], len(states)
     return new
 
@@ -72,7 +85,7 @@ def is_usable() -> None:
     assert mounts() == ["overlay"], mounts()
     machine.succeed(f"grep -q first {MERGED}/{PATH}/file")
     # systemd agrees. It looks at the mount table only so often.
-    machine.wait_until_succeeds(f"systemctl is-active --quiet {UNIT}", timeout=5)
+    machine.wait_until_succeeds(f"systemctl is-active --quiet {UNIT}", timeout=SOON)
 
 
 heard = 0
@@ -88,10 +101,9 @@ is_usable()
 
 with subtest("The bus tells what happens"):
     # The monitor may not listen yet.
-    machine.wait_until_succeeds("layered-stores remount ci; test -s /run/signals", timeout=20)
+    machine.wait_until_succeeds("layered-stores remount ci; test -s /run/signals", timeout=60)
     assert announced() == []
     machine.succeed("layered-stores stop ci", "layered-stores start ci")
-    machine.wait_until_succeeds("grep -q '\"active\"' /run/signals", timeout=5)
     states = announced()
     assert states == ["deactivating", "inactive", "activating", "active"], states
 
@@ -100,20 +112,21 @@ with subtest("The bus tells what happens"):
 with subtest("Unmounted by hand, it is mounted again"):
     before = mount_id()
     machine.succeed(f"umount {MERGED}")
-    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=SOON)
     wait_for_state("active")
     is_usable()
     states = announced()
     assert states == ["activating", "active"], states
     machine.succeed(
-        "journalctl --unit=layered-storesd | grep 'ci: its mount is gone and is made again'"
+        "journalctl --sync",
+        "journalctl --unit=layered-storesd | grep 'ci: its mount is gone and is made again'",
     )
     # Asking for it first starts counting from zero.
     machine.succeed("layered-stores start ci")
 
 with subtest("Its unit stopped, it is started again"):
     machine.succeed(f"systemctl stop {UNIT}")
-    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=SOON)
     wait_for_state("active")
     is_usable()
     states = announced()
@@ -124,7 +137,7 @@ with subtest("Whoever takes it away again and again gets the better of the daemo
     for _ in range(3):
         is_usable()
         machine.succeed(f"umount {MERGED}")
-        machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+        machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=SOON)
         wait_for_state("active")
     machine.succeed(f"umount {MERGED}")
     wait_for_state("failed")
@@ -168,17 +181,17 @@ with subtest("Once that is gone, it is active again, and was never unmounted"):
 
 with subtest("A daemon that starts under a cover comes to the same conclusion"):
     machine.succeed(f"mount -t tmpfs covering {MERGED}")
-    machine.succeed("systemctl restart layered-storesd", timeout=20)
+    machine.succeed("systemctl restart layered-storesd", timeout=60)
     wait_for_state("failed")
     assert list(problems()) == ["covered"], problems()
     # Even if it should go.
     machine.succeed(f"mv {CONFIG} /srv/config.toml")
     for command in ["! layered-stores reload", "systemctl restart layered-storesd"]:
-        machine.succeed(command, timeout=20)
+        machine.succeed(command, timeout=60)
         assert list(problems()) == ["covered"], problems()
     assert mounts() == ["overlay", "tmpfs"], mounts()
     machine.succeed(f"mv /srv/config.toml {CONFIG}")
-    machine.fail("layered-stores reload", timeout=20)
+    machine.fail("layered-stores reload", timeout=60)
     machine.succeed(f"umount {MERGED}")
     wait_for_state("active")
     is_usable()
@@ -219,12 +232,14 @@ with subtest("What is mounted by hand as it should be is taken over, and left mo
     output = machine.fail("layered-stores stop ci 2>&1")
     assert "was not mounted by the daemon" in output, output
     assert "in use" not in output, output
+    # It is taken over once more.
+    wait_for_state("active")
     is_usable()
     # Declared no more, it should go, and who has to see to that is said.
     machine.succeed(f"mv {CONFIG} /srv/config.toml")
     for command in ["! layered-stores reload", "systemctl restart layered-storesd"]:
         # Neither waits for that.
-        machine.succeed(command, timeout=20)
+        machine.succeed(command, timeout=60)
         assert status()["state"] == "failed", status()
         assert list(problems()) == ["not-ours"], problems()
         assert f"`umount {MERGED}`" in problems()["not-ours"], problems()
@@ -234,7 +249,7 @@ with subtest("What is mounted by hand as it should be is taken over, and left mo
     assert mount_id() == found
     # Unmounted, it is mounted again, by the daemon this time.
     machine.succeed(f"umount {MERGED}")
-    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=3)
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=SOON)
     wait_for_state("active")
     is_usable()
     machine.succeed("layered-stores stop ci", "layered-stores start ci")
@@ -249,7 +264,7 @@ with subtest("Turned read-only, it says so"):
     wait_for_problem("read-only")
     assert status()["state"] == "active"
     machine.succeed(f"LIBMOUNT_FORCE_MOUNT2=always mount -o remount,rw {MERGED}")
-    machine.wait_until_succeeds("layered-stores status ci", timeout=5)
+    machine.wait_until_succeeds("layered-stores status ci", timeout=SOON)
     is_usable()
 
 with subtest("Mounted by hand with options that make changes of layers dangerous, it says so"):
@@ -262,7 +277,7 @@ with subtest("Mounted by hand with options that make changes of layers dangerous
     assert list(problems()) == ["mount-options"], problems()
     machine.succeed(f"umount {MERGED}")
     # It is made once systemd has noticed that the other mount is gone.
-    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=5)
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=SOON)
     wait_for_state("active")
     is_usable()
 
@@ -271,9 +286,9 @@ with subtest("The lower store grows and shrinks under it"):
     # The kernel remembers that this was not there.
     machine.fail(f"stat {MERGED}/{added}")
     machine.succeed(f"install -D /dev/stdin {LOWER}/nix/store/{added}/file <<<added")
-    machine.wait_until_succeeds(f"grep added {MERGED}/{added}/file", timeout=10)
+    machine.wait_until_succeeds(f"grep added {MERGED}/{added}/file", timeout=SOON)
     machine.succeed(f"rm -r {LOWER}/nix/store/{added}")
-    machine.wait_until_fails(f"stat {MERGED}/{added}", timeout=10)
+    machine.wait_until_fails(f"stat {MERGED}/{added}", timeout=SOON)
     is_usable()
 
 
@@ -310,8 +325,10 @@ with subtest("A new path is found at once while the lower store is filled, and w
     machine.succeed("systemd-run --quiet --unit=filler -E PATH python3 /srv/filler.py")
     times = sorted(int(line) for line in machine.succeed("python3 /srv/finder.py").splitlines())
     machine.log(f"found after {times[len(times) // 2]} ms, the slowest after {times[-1]} ms")
-    assert times[len(times) // 2] < 150, times
-    machine.wait_until_fails("systemctl is-active --quiet filler", timeout=30)
+    # Who waits until the layers have come to rest finds none in less than 300 ms. How many are
+    # found sooner than that depends on how much else the machine has to do.
+    assert times[len(times) // 4] < 250, times
+    machine.wait_until_fails("systemctl is-active --quiet filler", timeout=60)
     assert status()["swap-count"] == swaps, status()
     machine.succeed(f"rm -r {LOWER}/nix/store/*-awaited {LOWER}/nix/store/*-filled")
     machine.succeed("layered-stores remount ci")
@@ -325,11 +342,11 @@ with subtest("The lower store directory is replaced by another one"):
         f"echo second >{directory}.new/{PATH}/file",
         f"mv {directory} {directory}.old && mv {directory}.new {directory}",
     )
-    machine.wait_until_succeeds(f"grep second {MERGED}/{PATH}/file", timeout=10)
+    machine.wait_until_succeeds(f"grep second {MERGED}/{PATH}/file", timeout=SOON)
     assert status()["state"] == "active"
     assert mounts() == ["overlay"], mounts()
     machine.succeed(f"rm -r {directory} && mv {directory}.old {directory}")
-    machine.wait_until_succeeds(f"grep first {MERGED}/{PATH}/file", timeout=10)
+    machine.wait_until_succeeds(f"grep first {MERGED}/{PATH}/file", timeout=SOON)
     is_usable()
 
 with subtest("A directory above it is replaced: a remount makes the store see that"):
@@ -350,7 +367,7 @@ with subtest("The lower store is gone for a while"):
     assert list(problems()) == ["start-failed"], problems()
     # It is tried again by itself.
     machine.succeed(f"mv {LOWER}.away {LOWER}")
-    wait_for_state("active", timeout=30)
+    wait_for_state("active", timeout=60)
     is_usable()
 
 # Depended on
@@ -378,16 +395,16 @@ with subtest("What depends on the store's unit comes after it and goes with it")
         machine.require_unit_state(f"{name}.service")
     machine.succeed(f"systemctl stop {UNIT}")
     for name in ["needs", "bound"]:
-        machine.wait_until_fails(f"systemctl is-active --quiet {name}", timeout=5)
-    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=5)
+        machine.wait_until_fails(f"systemctl is-active --quiet {name}", timeout=SOON)
+    machine.wait_until_succeeds(f"mountpoint -q {MERGED}", timeout=SOON)
     wait_for_state("active")
     is_usable()
 
 with subtest("What systemd keeps of a mount made by hand is not in the way of the store's own"):
     machine.succeed("layered-stores stop ci", f"mount -t overlay overlay -o {OPTIONS} {MERGED}")
     # after.service keeps the unit loaded, without a file.
-    machine.wait_until_succeeds(f"systemctl is-active --quiet {UNIT}", timeout=5)
-    machine.succeed(f"umount {MERGED}", "layered-stores start ci", timeout=20)
+    machine.wait_until_succeeds(f"systemctl is-active --quiet {UNIT}", timeout=SOON)
+    machine.succeed(f"umount {MERGED}", "layered-stores start ci", timeout=60)
     is_usable()
     assert machine.succeed(f"systemctl show -P Description {UNIT}") == "Layered Nix store ci\n"
     machine.succeed(
@@ -404,6 +421,10 @@ with subtest("When the machine goes down, so do the mounts, and nobody brings th
         "mkdir -p /run/systemd/journald.conf.d /var/log/journal",
         "printf '[Journal]\\nStorage=persistent\\n' >/run/systemd/journald.conf.d/zz.conf",
         "systemctl restart systemd-journald && journalctl --flush",
+        # What does not want to stop is to take longer than all else, however slow the machine is.
+        "mkdir -p /run/systemd/system.conf.d",
+        "printf '[Manager]\\nDefaultTimeoutStopSec=90s\\n' >/run/systemd/system.conf.d/zz.conf",
+        "systemctl daemon-reload",
         # Somebody uses the store until the end.
         f"systemd-run --quiet -E PATH --unit=user sh -c 'exec sleep 1000 <{MERGED}/{PATH}/file'",
     )
@@ -430,5 +451,5 @@ with subtest("When the machine goes down, so do the mounts, and nobody brings th
         "Failed",
     ]:
         assert sign not in last_words, last_words
-    # A unit that does not want to stop would cost 20 seconds here, and 90 elsewhere.
-    assert took < 15, took
+    # A unit that does not want to stop would cost 90 seconds.
+    assert took < 60, took
