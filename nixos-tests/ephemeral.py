@@ -73,7 +73,9 @@ with subtest("Stopped and started, restarted and crashed, it keeps what it has")
     machine.succeed("pkill -x sleep; layered-stores stop scratch", "layered-stores start scratch")
     machine.succeed("systemctl restart layered-storesd")
     machine.succeed("systemctl kill --signal=KILL layered-storesd")
-    machine.wait_until_succeeds("layered-stores status scratch", timeout=20)
+    # The next daemon may not have taken it over yet.
+    machine.wait_until_succeeds("layered-stores wait scratch", timeout=60)
+    machine.succeed("layered-stores status scratch")
     machine.succeed(f"nix-store --store {store_uri('scratch')} --check-validity {path}")
 
 with subtest("How full it is, of how much, is told"):

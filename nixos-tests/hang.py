@@ -146,13 +146,17 @@ def problems(store: str) -> dict[str, str]:
 
 def wait_until_stuck() -> None:
     """The bound is what it takes, and what a loaded machine adds."""
-    machine.wait_until_succeeds(f"busctl get-property {PROBLEMS} | grep -F '\"stuck\"'", timeout=40)
+    machine.wait_until_succeeds(f"busctl get-property {PROBLEMS} | grep -F '\"stuck\"'", timeout=90)
 
 
 def wait_until_well(*stores: str) -> None:
     for store in stores:
-        machine.wait_until_succeeds(f"timeout 20 layered-stores status {store}", timeout=40)
-        assert status(store)["state"] == "active", status(store)
+        # What has hung may still be on its way up when nothing is wrong any more; and what has
+        # failed is tried again after half a minute.
+        machine.wait_until_succeeds(
+            f'timeout 20 layered-stores status {store} --json | grep \'"state": "active"\'',
+            timeout=120,
+        )
 
 
 def within(seconds: float, *commands: str) -> None:
@@ -167,9 +171,9 @@ def within(seconds: float, *commands: str) -> None:
 def others_do_not_notice() -> None:
     hooks = [f"layered-stores-remount /srv/{store}/root/nix/store" for store in OTHERS * 5]
     # One by one each takes some milliseconds.
-    within(10, " && ".join(hooks))
+    within(25, " && ".join(hooks))
     within(
-        20,
+        40,
         "layered-stores remount other-1",
         "layered-stores verify other-2",
         "layered-stores stop other-3",
@@ -181,9 +185,9 @@ def others_do_not_notice() -> None:
 
 def fails_as_stuck(command: str) -> None:
     began = time.monotonic()
-    output = machine.fail(f"timeout 40 {command} 2>&1")
+    output = machine.fail(f"timeout 60 {command} 2>&1")
     assert "is stuck: the" in output, output
-    assert time.monotonic() - began < 30, command
+    assert time.monotonic() - began < 50, command
 
 
 machine.start()
@@ -213,25 +217,26 @@ with subtest("A lower store that does not answer is said to be stuck, and others
     assert f"the lower store {LOWER} has not answered" in message, message
     assert "`umount --force --lazy /srv/fuse`" in message, message
     machine.succeed(
-        "journalctl --unit=layered-storesd | grep 'hung: the lower store .* has not answered'"
+        "journalctl --sync",
+        "journalctl --unit=layered-storesd | grep 'hung: the lower store .* has not answered'",
     )
     others_do_not_notice()
 
 with subtest("Whoever waits for it, or asks now, is told so"):
-    machine.wait_until_succeeds("test $(grep -lx failed /srv/remount-* | wc -l) = 10", timeout=20)
+    machine.wait_until_succeeds("test $(grep -lx failed /srv/remount-* | wc -l) = 10", timeout=90)
     machine.succeed("test $(grep -l 'is stuck: the' /srv/remount-* | wc -l) = 10")
     for command in ("remount", "verify", "stop", "start"):
         fails_as_stuck(f"layered-stores {command} hung")
     assert status("hung")["state"] == "active", status("hung")
 
 with subtest("The configuration can be read anew"):
-    machine.execute("timeout 40 layered-stores reload")
+    machine.execute("timeout 60 layered-stores reload")
     within(20, "systemctl is-active layered-storesd")
     assert problems("other-1") == {}, problems("other-1")
 
 with subtest("The daemon ends at once, and the next one becomes ready"):
-    within(15, "systemctl stop layered-storesd")
-    within(45, "systemctl start layered-storesd")
+    within(30, "systemctl stop layered-storesd")
+    within(90, "systemctl start layered-storesd")
     assert [store for store in OTHERS if problems(store) != {}] == []
     wait_until_stuck()
     others_do_not_notice()
@@ -241,7 +246,7 @@ with subtest("When the server goes on, all is well by itself"):
     signal("CONT")
     wait_until_well("hung", "above")
     within(
-        20, f"layered-stores remount hung && test -e {MERGED}/{LATER}", "layered-stores verify hung"
+        40, f"layered-stores remount hung && test -e {MERGED}/{LATER}", "layered-stores verify hung"
     )
 
 with subtest("A store is started while its lower store does not answer"):
@@ -249,21 +254,21 @@ with subtest("A store is started while its lower store does not answer"):
     # This time it reads what it is asked, so that not even a killed thread comes back.
     signal("USR1")
     fails_as_stuck("layered-stores start hung")
-    output = machine.fail("timeout 40 layered-stores start above 2>&1")
+    output = machine.fail("timeout 60 layered-stores start above 2>&1")
     assert "its lower store hung is not up" in output, output
     others_do_not_notice()
 
 with subtest("The daemon ends although a thread of it cannot, and the next one becomes ready"):
-    within(45, "systemctl stop layered-storesd")
-    within(45, "systemctl start layered-storesd")
+    within(60, "systemctl stop layered-storesd")
+    within(90, "systemctl start layered-storesd")
     others_do_not_notice()
     signal("USR2")
-    machine.succeed("timeout 40 layered-stores start above")
+    machine.succeed("timeout 60 layered-stores start above")
     wait_until_well("hung", "above")
 
 with subtest("A server that has died is named, and one that comes in its place is found"):
     signal("KILL")
-    output = machine.fail("timeout 40 layered-stores remount hung 2>&1")
+    output = machine.fail("timeout 60 layered-stores remount hung 2>&1")
     dead = f"lower-store: cannot look at {LOWER}: Transport endpoint is not connected"
     assert dead in output, output
     assert dead in problems("hung")["refresh-failed"], problems("hung")
@@ -278,9 +283,9 @@ with subtest("A filesystem that never answers is given up as the message says"):
     signal("STOP")
     fails_as_stuck("layered-stores remount hung")
     within(20, "umount --force --lazy /srv/fuse")
-    machine.wait_until_fails(f"busctl get-property {PROBLEMS} | grep -F '\"stuck\"'", timeout=20)
+    machine.wait_until_fails(f"busctl get-property {PROBLEMS} | grep -F '\"stuck\"'", timeout=60)
     signal("KILL")
-    machine.wait_until_fails("systemctl is-active server", timeout=20)
+    machine.wait_until_fails("systemctl is-active server", timeout=60)
     serve()
     wait_until_well("hung", "above")
     machine.succeed("layered-stores verify hung", f"grep other {MERGED}/{PATH}/file")
@@ -291,14 +296,14 @@ with subtest("A state directory that does not answer stops nothing that is mount
     )
     serve("state", "/srv/state", STATE)
     signal("USR1", "state")
-    within(60, "systemctl start layered-storesd")
+    within(90, "systemctl start layered-storesd")
     said = machine.get_unit_property("layered-storesd.service", "StatusText")
     assert f"state directory {STATE}/known has not answered" in said, said
     assert f"`umount --force --lazy {STATE}`" in said, said
     for store in [*OTHERS[:2], *OTHERS[3:], "hung", "above"]:
         assert status(store)["state"] == "active", status(store)
         assert f"{STATE}/known has not answered" in problems(store)["unrecorded"], problems(store)
-        machine.succeed(f"timeout 5 layered-stores-remount /srv/{store}/root/nix/store")
+        machine.succeed(f"timeout 20 layered-stores-remount /srv/{store}/root/nix/store")
     # It may be mounted elsewhere, for all that is known.
     output = machine.fail("timeout 20 layered-stores start other-3 2>&1")
     assert f"{STATE}/known has not answered" in output, output

@@ -118,7 +118,7 @@ with subtest("A new path of the lower store shows up in all of them"):
     machine.succeed(f"install -D /dev/stdin {LOWER}/nix/store/{new}/file <<<new")
     machine.wait_until_succeeds(
         f"for store in {everywhere}; do cat $store/{new}/file; done | grep -c new | grep -x 200",
-        timeout=20,
+        timeout=60,
     )
 
 with subtest("A restart of the daemon takes them all over"):
@@ -148,7 +148,8 @@ with subtest("One that cannot come up keeps none of the others down"):
     timed("199 of 200 stores active", "systemctl start layered-storesd")
     failed = "199 of 200 stores active; failed: store-100"
     machine.succeed(f"systemctl show -P StatusText layered-storesd | grep -x '{failed}'")
-    assert states().pop("store-100") == "failed"
+    # It is tried again every few seconds.
+    machine.wait_until_succeeds("layered-stores list | grep 'store-100 *failed'", timeout=60)
     assert list(states().values()).count("active") == 199
     code, output = machine.execute("layered-stores status")
     assert code == 3, code
@@ -194,8 +195,9 @@ with subtest("Without a configuration there are no stores, and nothing is left o
     timed("200 stores gone", "layered-stores reload")
     assert states() == {}
     assert mounts() == {}
-    units = machine.succeed("systemctl list-units --all --plain --no-legend 'srv-many-*'")
-    assert units == "", units
+    # systemd forgets them when it comes to it.
+    units = "systemctl list-units --all --plain --no-legend 'srv-many-*'"
+    machine.wait_until_succeeds(f'test -z "$({units})"', timeout=60)
     machine.succeed('test -z "$(ls -A /var/lib/layered-stores/known)"')
     log.info(f"the daemon's memory: {memory()} KiB")
     # No directory is immutable any more.

@@ -30,20 +30,29 @@ def problems(store: str) -> dict[str, str]:
 
 def missing(store: str, directory: str) -> str:
     """Waits until a store says what is missing, and sees that it is this, with the way out."""
-    machine.wait_until_succeeds(
-        f"(layered-stores status {store} --json || true) | grep upper-missing", timeout=30
-    )
-    said = problems(store)["upper-missing"]
+    found: dict[str, object] = {}
+
+    def is_said(_last: bool) -> bool:
+        """While it is tried again, the store is no longer failed, and not yet once more."""
+        nonlocal found
+        found = status(store)
+        return found["state"] == "failed" and "upper-missing" in json.dumps(found["problems"])
+
+    retry(is_said, 60)
+    assert isinstance(found["problems"], list), found
+    [said] = [p["message"] for p in found["problems"] if p["code"] == "upper-missing"]
+    assert isinstance(said, str), said
     assert re.search(f" {directory} (is|has) ", said), said
     assert f"`layered-stores remove-data {store}`" in said, said
-    assert status(store)["state"] == "failed", status(store)
-    assert status(store)["state-reason"] == said, status(store)
+    assert found["state-reason"] == said, found
     return said
 
 
 def well(store: str, path: str) -> None:
     """Waits until a store is there, without being asked, and has a path."""
-    machine.wait_until_succeeds(f"layered-stores status {store}", timeout=60)
+    machine.wait_until_succeeds(
+        f'layered-stores status {store} --json | grep \'"state": "active"\'', timeout=60
+    )
     machine.succeed(f"nix-store --store {store_uri(store)} --check-validity {path}")
     merged = status(store)["real-store-dir"]
     machine.succeed(f"test -e {merged}/{path.removeprefix('/nix/store/')}")
@@ -163,7 +172,8 @@ with subtest("When it is there again, so is the store, without waiting for the n
     at = machine.succeed(next_try).split()[1]
     plug("fast", DISK)
     well("fast", first)
-    machine.succeed(f"test $(date +%s%6N) -lt {at}")
+    since = status("fast")["state-change-usec"]
+    assert isinstance(since, int) and since < int(at), (since, at)
     well("fast", second)
 
 with subtest("What is in its place, and is not it, is not taken"):
@@ -214,7 +224,9 @@ with subtest("A copy in its place has the same mark, and does not get what is mo
     machine.succeed("systemctl restart layered-storesd")
     said = problems("fast")["upper-missing"]
     assert f" {UPPER} is another directory now than the one that is mounted" in said, said
-    machine.succeed(f"test -e {MERGED}/{later.removeprefix('/nix/store/')}", f"umount {DISK}")
+    machine.succeed(f"test -e {MERGED}/{later.removeprefix('/nix/store/')}")
+    # The daemon may be looking at it just now.
+    machine.wait_until_succeeds(f"umount {DISK}", timeout=60)
     plug("fast", DISK)
     well("fast", later)
 
@@ -299,7 +311,8 @@ with subtest("A backup that is put back is taken, with its database"):
     machine.succeed(f"cp -a /srv/backup/disk {DISK}/fast", "layered-stores start fast")
     well("fast", first)
     machine.succeed(
-        "journalctl --unit=layered-storesd | grep 'and belong together; they are taken'"
+        "journalctl --sync",
+        "journalctl --unit=layered-storesd | grep 'and belong together; they are taken'",
     )
 
 with subtest("A store and its copy are two, and each can be emptied"):
@@ -442,7 +455,7 @@ with subtest("So it does if its disk is gone for good, which is not taken later"
     machine.fail("layered-stores start fast")
     said = missing("fast", UPPER)
     assert "another directory" in said, said
-    machine.succeed(f"umount {DISK}")
+    machine.wait_until_succeeds(f"umount {DISK}", timeout=60)
     well("fast", fourth)
 
 with subtest("Nor is it taken with a new database if it comes back at once"):

@@ -13,12 +13,11 @@ STORE = "org.layeredstores1.Store"
 CONFIGURATION = "/etc/layered-stores/config.toml"
 
 # How soon a change at the bottom is seen at the top.
-SOON = 10
+SOON = 25
 
 machine.start(allow_reboot=True)
 # Before Linux 6.5 nothing can be put in the place of a mount that is in use.
 SWAPS = tuple(map(int, machine.succeed("uname -r").split(".")[:2])) >= (6, 5)
-EMULATED = machine.execute("systemd-detect-virt")[1].strip() == "qemu"
 
 
 def status(store: str) -> dict[str, object]:
@@ -36,7 +35,9 @@ def swaps(store: str) -> int:
 
 
 def wait_for_swaps(store: str, number: int) -> None:
-    retry(lambda _last: swaps(store) == number, SOON)
+    """Where the hook is slow the store has found out by itself, and is swapped once more."""
+    retry(lambda _last: swaps(store) >= number, SOON)
+    assert SWAPS or swaps(store) == 0, swaps(store)
 
 
 def states() -> list[str]:
@@ -83,11 +84,13 @@ def configure(text: str) -> None:
 with subtest("A store waits for the one it lies on, and says so"):
     machine.wait_for_unit("multi-user.target")
     machine.wait_until_succeeds("layered-stores list | grep 'top *failed'")
-    t.assertEqual(states(), ["failed", "failed"])
-    t.assertEqual(
-        text("top", "state-reason"),
-        "its lower store bottom is not up; see `layered-stores status bottom`",
-    )
+
+    def says_so(_last: bool) -> bool:
+        """Every few seconds they are tried again."""
+        reason = "its lower store bottom is not up; see `layered-stores status bottom`"
+        return states() == ["failed", "failed"] and text("top", "state-reason") == reason
+
+    retry(says_so, 60)
 
 with subtest("Starting the top starts the bottom"):
     machine.succeed(f"nix-store --store {LOWER} --init", "layered-stores start top")
@@ -264,12 +267,12 @@ with subtest("A bottom whose layers change takes the top down with it, and up ag
     moved = machine.succeed(f"sed '{layers}' {CONFIGURATION}")
     configure(moved)
     machine.succeed("layered-stores reload", timeout=60)
-    machine.succeed("layered-stores wait bottom top --timeout 30")
+    machine.succeed("layered-stores wait bottom top --timeout 60")
     t.assertEqual(text("bottom", "upper-layer"), "/srv/bottom/moved")
     machine.succeed(f"test ! -e {TOP}/{between} -a -e {TOP}/{below} -a -e {TOP}/{above}")
     configure(original)
     machine.succeed("layered-stores reload", timeout=60)
-    machine.succeed("layered-stores wait bottom top --timeout 30")
+    machine.succeed("layered-stores wait bottom top --timeout 60")
     machine.succeed(f"test -e {TOP}/{between}", f"nix path-info --store {top} {built}")
 
 with subtest("A top that is in use is waited for, and nothing is pulled from under it"):
@@ -278,33 +281,32 @@ with subtest("A top that is in use is waited for, and nothing is pulled from und
         "-p NotifyAccess=all /bin/sh -c "
         f"'cd {TOP}; systemd-notify --ready --pid=parent; exec sleep infinity'"
     )
+    comm = "/proc/$(systemctl show -P MainPID squatter)/comm"
+    machine.wait_until_succeeds(f"grep -x sleep {comm}", timeout=60)
     configure(moved)
     machine.succeed("layered-stores reload", timeout=60)
-    if EMULATED:
-        # The next attempt may be under way.
-        retry(lambda _last: states() == ["active", "active"], SOON)
-    else:
-        t.assertEqual(states(), ["active", "active"])
+    # The next attempt may be under way.
+    retry(lambda _last: states() == ["active", "active"], SOON)
     t.assertEqual(text("bottom", "upper-layer"), "/srv/bottom/upper")
     t.assertIn("sleep (pid", text("top", "problems"))
     machine.succeed(f"nix path-info --store {top} {built}", f"cat /srv/top/root{built}")
     machine.succeed("systemctl stop squatter")
-    retry(lambda _last: text("bottom", "upper-layer") == "/srv/bottom/moved", 60)
-    machine.succeed("layered-stores wait bottom top --timeout 30", "layered-stores status")
+    retry(lambda _last: text("bottom", "upper-layer") == "/srv/bottom/moved", 120)
+    machine.succeed("layered-stores wait bottom top --timeout 60", "layered-stores status")
     configure(original)
     machine.succeed("layered-stores reload", timeout=60)
-    machine.succeed("layered-stores wait bottom top --timeout 30")
+    machine.succeed("layered-stores wait bottom top --timeout 60")
 
 with subtest("A top that is put on another lower store lets go of the bottom"):
     alone = original[original.index("[stores.top]") :].replace("layered:bottom", LOWER)
     configure(alone)
     machine.succeed("layered-stores reload", timeout=60)
-    machine.succeed("layered-stores wait top --timeout 30", "layered-stores status")
+    machine.succeed("layered-stores wait top --timeout 60", "layered-stores status")
     t.assertEqual(text("top", "lower-store-dir"), f"{LOWER}/nix/store")
     machine.succeed(f"test -e {TOP}/{above} -a -e {TOP}/{below} -a ! -e {TOP}/{between}")
     t.assertEqual(machine.succeed("layered-stores list"), "top  active\n")
     t.assertNotIn(BOTTOM, machine.succeed("cat /proc/mounts"))
     configure(original)
     machine.succeed("layered-stores reload", timeout=60)
-    machine.succeed("layered-stores wait bottom top --timeout 30")
+    machine.succeed("layered-stores wait bottom top --timeout 60")
     machine.succeed(f"nix path-info --store {top} {built} /nix/store/{between}")
