@@ -54,7 +54,10 @@ def hold_at(call: str, path: str = "", number: int = 1) -> None:
         f"strace -f -o /run/traced -p {pid} {of} -e trace={call} "
         f"-e inject={call}:delay_enter=3600s:when={number}+"
     )
-    machine.wait_until_succeeds(f"grep -q 'TracerPid:.[1-9]' /proc/{pid}/status", timeout=30)
+    # Each thread, because it is one of the others that does it.
+    machine.wait_until_succeeds(
+        f"test -z \"$(grep -L 'TracerPid:.[1-9]' /proc/{pid}/task/*/status)\"", timeout=60
+    )
 
 
 def cut_power() -> None:
@@ -140,7 +143,7 @@ with subtest("In the middle of a swap"):
     if swaps:
         # The fresh mount lies beneath the old one, and both are of the same layers.
         twice = f"test $(grep -c ' {MERGED} ' /proc/self/mountinfo) = 2"
-        machine.wait_until_succeeds(twice, timeout=30)
+        machine.wait_until_succeeds(twice, timeout=60)
     cut_power()
     all_is_well("ci")
     # Lost or not, the removal is not half there.
