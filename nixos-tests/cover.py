@@ -25,7 +25,7 @@ def wait_for_state(state: str, store: str = "ci") -> None:
     machine.wait_until_succeeds(
         f"busctl get-property org.layeredstores1 /org/layeredstores1/store/{store} "
         f"org.layeredstores1.Store State | grep -Fx 's \"{state}\"'",
-        timeout=20,
+        timeout=60,
     )
 
 
@@ -124,7 +124,7 @@ with subtest("A lower store that is hidden is said to be, and the store goes on 
     assert list(problems()) == ["refresh-failed"], problems()
     assert sentence in problems()["refresh-failed"], problems()
     machine.succeed(f"grep first {MERGED}/{PATH}/file", f"umount {LOWER}")
-    machine.wait_until_succeeds("layered-stores status ci", timeout=20)
+    machine.wait_until_succeeds("layered-stores status ci", timeout=60)
     is_usable()
 
 with subtest("What hides a store hides it from the one that lies on it"):

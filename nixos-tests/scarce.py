@@ -76,7 +76,7 @@ def is_seen(name: str) -> None:
         machine.fail(f"test -e {MERGED[store]}/{path(name)}")
     machine.succeed(f"mkdir /srv/base/nix/store/{path(name)}")
     for store in STORES:
-        machine.wait_until_succeeds(f"test -e {MERGED[store]}/{path(name)}", timeout=20)
+        machine.wait_until_succeeds(f"test -e {MERGED[store]}/{path(name)}", timeout=60)
 
 
 def goes_unseen(name: str, sysctl: str) -> None:
@@ -89,7 +89,7 @@ def goes_unseen(name: str, sysctl: str) -> None:
     answer_again()
     wait_until_well()
     for store in STORES:
-        machine.wait_until_succeeds(f"test -e {MERGED[store]}/{path(name)}", timeout=20)
+        machine.wait_until_succeeds(f"test -e {MERGED[store]}/{path(name)}", timeout=60)
     is_seen(f"{name}-since")
 
 

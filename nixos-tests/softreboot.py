@@ -14,7 +14,7 @@ for number in (1, 2):
         machine.wait_until_succeeds(
             f"test $(systemctl show -P SoftRebootsCount) = {number} && "
             "systemctl is-active --quiet layered-storesd && layered-stores status",
-            timeout=60,
+            timeout=240,
         )
         machine.succeed(f"test -e {MERGED}/{PATH} && test ! -e {SCRATCH}/{PATH}")
 

@@ -91,7 +91,7 @@ def by_alice(unit: str, script: str, *arguments: str) -> None:
 def ended(unit: str) -> str:
     """Waits for one of alice's units, and returns what it has written."""
     done = f"systemctl show -P SubState {unit} | grep -E 'exited|failed'"
-    machine.wait_until_succeeds(done, timeout=90)
+    machine.wait_until_succeeds(done, timeout=180)
     t.assertEqual(machine.get_unit_property(unit, "Result"), "success")
     return machine.succeed(f"cat /run/{unit}.said; systemctl stop {unit}")
 
@@ -106,8 +106,9 @@ def hooks_of_root(seconds: int) -> None:
         took.append(time.monotonic() - began)
     took.sort()
     machine.log(f"{len(took)} hooks of root: median {took[len(took) // 2]:.3f} s, {took[-1]:.3f} s")
-    t.assertLess(took[len(took) // 2], 0.5)
-    t.assertLess(took[-1], 5)
+    # Who has to wait for a swap waits for longer than that.
+    t.assertLess(took[len(took) // 2], APART / 4)
+    t.assertLess(took[-1], APART)
 
 
 machine.wait_for_unit("layered-storesd.service")
@@ -138,7 +139,7 @@ with subtest("An owner who asks for swaps without end gets few, and no hook fail
     t.assertLess(lines() - before, 100)
 
 with subtest("Who waits for a swap is told so, and gets it"):
-    machine.wait_until_succeeds("layered-stores status hers", timeout=3 * APART)
+    machine.wait_until_succeeds("layered-stores status hers", timeout=9 * APART)
     machine.succeed("layered-stores verify hers")
     machine.succeed(f'test -z "$(ls {HERS} | grep hook)"')
 
@@ -170,7 +171,7 @@ with subtest("Superblocks that somebody holds open are not without number"):
     t.assertIn("held open by processes", shown)
     # They are gone with who holds them.
     machine.succeed("systemctl stop holder")
-    machine.wait_until_succeeds("runuser -u alice -- layered-stores-remount " + HERS, timeout=10)
+    machine.wait_until_succeeds("runuser -u alice -- layered-stores-remount " + HERS, timeout=60)
     machine.succeed("layered-stores status hers", "layered-stores verify hers")
     t.assertEqual(machine.succeed(f"ls {HERS} | grep -c one-more || true"), "0\n")
 

@@ -61,13 +61,12 @@ def run() -> None:
     with subtest("An unchanged configuration changes nothing"):
         before = mounts(*ALL)
         pids = main_pid(daemon), main_pid(nix_daemon)
-        reloads = machine.succeed(f"journalctl -b -u {daemon} | grep -c Reload || true")
+        lines = f"journalctl --sync; journalctl -b -u {daemon}"
+        reloads = machine.succeed(f"{lines} | grep -c Reload || true")
         switch("unrelated")
         t.assertEqual(mounts(*ALL), before)
         t.assertEqual((main_pid(daemon), main_pid(nix_daemon)), pids)
-        t.assertEqual(
-            machine.succeed(f"journalctl -b -u {daemon} | grep -c Reload || true"), reloads
-        )
+        t.assertEqual(machine.succeed(f"{lines} | grep -c Reload || true"), reloads)
 
     with subtest("A changed store is taken down and brought up, and no other"):
         switch("changed")
