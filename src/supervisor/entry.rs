@@ -167,12 +167,11 @@ pub(super) struct Entry {
     /// Where its upper layer and its state dir were last seen to lie.
     own_seen: Option<[Option<Location>; 2]>,
     /// What an operation that ended well has brought; it counts once the mount table agrees.
-    pub(super) unconfirmed: Option<Up>,
+    pub(super) unconfirmed: Option<Box<Up>>,
 }
 
 impl Entry {
-    pub(super) fn new(spec: StoreSpec, declared: bool) -> Self {
-        let spec = Arc::new(spec);
+    pub(super) fn new(spec: Arc<StoreSpec>, declared: bool) -> Self {
         let want = match (declared, spec.autostart) {
             (false, _) => Want::Gone,
             (true, true) => Want::Up,

@@ -244,7 +244,7 @@ pub(super) async fn hold(tools: Tools, errand: Errand, locked: bool) -> Result<H
 
 /// A store that is mounted goes on without what cannot be written: taken down, it would be worse off. But it is not for two, and
 /// it is made of its own directories.
-fn take_hold(tools: &Tools, spec: &StoreSpec, locked: bool) -> Result<Held, OperationError> {
+fn take_hold(tools: &Tools, spec: &Arc<StoreSpec>, locked: bool) -> Result<Held, OperationError> {
     let (_, marks) = with_what_is_there(tools, spec, tools.records.marks_at_hand(spec)?, layers::look_over)?;
     let mut held = Held::default();
     if !locked {

@@ -32,7 +32,8 @@ pub(super) struct Records {
     known: PathBuf,
     runtime: PathBuf,
     soft_reboots: u32,
-    /// What is on disk, as far as this run of the daemon has read or written it; `None` until it was read.
+    /// What is on disk, as far as this run of the daemon has read or written it; `None` until it was read. The specifications are
+    /// the engine's own.
     on_disk: Arc<Mutex<Option<HashMap<StoreName, Record>>>>,
 }
 
@@ -83,17 +84,17 @@ pub enum RecordError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Record {
     #[serde(flatten)]
-    spec: StoreSpec,
+    spec: Arc<StoreSpec>,
     /// `None` in a record of a version that had no marks.
     #[serde(default)]
     marks: Option<Marks>,
 }
 
 impl Record {
-    fn of(spec: &StoreSpec, marks: &Marks) -> Self {
+    fn of(spec: &Arc<StoreSpec>, marks: &Marks) -> Self {
         // Those of an ephemeral store are gone with the next boot.
         let lasting = if spec.ephemeral.is_some() { Marks::default() } else { marks.clone() };
-        Self { spec: spec.clone(), marks: Some(lasting) }
+        Self { spec: Arc::clone(spec), marks: Some(lasting) }
     }
 
     /// By what the directories of the store were known again that it was then.
@@ -120,7 +121,7 @@ struct Note {
 /// The stores that were touched and not wound down.
 #[derive(Debug, Default)]
 pub(super) struct Known {
-    pub(super) stores: Vec<StoreSpec>,
+    pub(super) stores: Vec<Arc<StoreSpec>>,
     /// Those of which nothing is known but that there is a record, and that they are declared no more.
     pub(super) unreadable: Vec<String>,
 }
@@ -140,7 +141,7 @@ impl Records {
     /// which is declared is made anew, and moved aside; another one stays, and is told of at every start.
     pub(super) fn known(&self, declared: &[StoreSpec]) -> Result<Known, RecordError> {
         let (records, unreadable) = self.read(declared)?;
-        let stores = records.values().map(|record| record.spec.clone()).collect();
+        let stores = records.values().map(|record| Arc::clone(&record.spec)).collect();
         *self.on_disk() = Some(records);
         Ok(Known { stores, unreadable })
     }
@@ -198,7 +199,7 @@ impl Records {
     }
 
     /// Keeps a specification and the marks of its directories, on disk when this returns.
-    pub(super) fn remember(&self, spec: &StoreSpec, marks: &Marks) -> Result<(), RecordError> {
+    pub(super) fn remember(&self, spec: &Arc<StoreSpec>, marks: &Marks) -> Result<(), RecordError> {
         progress::at(Spot::Records);
         let record = Record::of(spec, marks);
         keep(&self.known_path(&spec.name), &serde_json::to_vec_pretty(&record), true)?;
@@ -208,7 +209,7 @@ impl Records {
 
     /// The same for a store that is mounted. A record that was found at the start is believed to be there still: what holds it
     /// may be full by now, read-only, or silent.
-    pub(super) fn keep(&self, spec: &StoreSpec, marks: &Marks) -> Result<(), RecordError> {
+    pub(super) fn keep(&self, spec: &Arc<StoreSpec>, marks: &Marks) -> Result<(), RecordError> {
         let is_kept = self.on_disk().as_ref().map(|records| records.get(&spec.name) == Some(&Record::of(spec, marks)));
         match is_kept {
             Some(true) => self.keep_note(spec, marks),
@@ -421,10 +422,10 @@ mod tests {
     use layered_stores_model::{Ephemeral, Layers, LowerStore, MountUnitName, Ownership};
     use layered_stores_overlay::{identity, layers::LayersError};
 
-    fn spec(name: &str) -> StoreSpec {
+    fn spec(name: &str) -> Arc<StoreSpec> {
         let path = |p: &str| p.parse().expect("valid");
         let merged = path("/srv/root/nix/store");
-        StoreSpec {
+        Arc::new(StoreSpec {
             name: name.parse().expect("valid"),
             lower_store: LowerStore::Layered("base".parse().expect("valid")),
             lower_url: String::new(),
@@ -438,15 +439,15 @@ mod tests {
             autostart: true,
             ephemeral: None,
             daemon: None,
-        }
+        })
     }
 
     /// A specification whose directories are not there, and can be looked for.
-    fn real(dir: &Path) -> StoreSpec {
+    fn real(dir: &Path) -> Arc<StoreSpec> {
         let at = |tail: &str| dir.join(tail).to_string_lossy().parse().expect("valid");
-        let mut spec = spec("t");
+        let mut spec = StoreSpec::clone(&spec("t"));
         (spec.layers.upper, spec.layers.work, spec.state_dir) = (at("upper"), at("work"), at("state"));
-        spec
+        Arc::new(spec)
     }
 
     #[test]
@@ -475,12 +476,12 @@ mod tests {
             assert!(refused(), "one record is enough");
         }
 
-        let other = StoreSpec { state_dir: "/other".parse().expect("valid"), ..spec.clone() };
+        let other = StoreSpec { state_dir: "/other".parse().expect("valid"), ..StoreSpec::clone(&spec) };
         let other = StoreSpec { layers: Layers { upper: "/else".parse().expect("valid"), ..other.layers }, ..other };
         let kept = records.marks(&other).expect("read");
         assert!(identity::require(&other, &kept).is_ok(), "other directories are other ones");
         let in_memory = Ephemeral { directory: "/memory".parse().expect("valid"), size: "1M".parse().expect("valid") };
-        let ephemeral = StoreSpec { ephemeral: Some(in_memory), ..spec.clone() };
+        let ephemeral = Arc::new(StoreSpec { ephemeral: Some(in_memory), ..StoreSpec::clone(&spec) });
         assert_eq!(records.marks(&ephemeral).expect("read"), [], "a boot takes these with it");
         records.remember(&ephemeral, &marks).expect("written");
         assert_eq!(records.marks(&ephemeral).expect("read"), std::slice::from_ref(&marks), "but nothing else");
@@ -499,12 +500,12 @@ mod tests {
             "the store itself is not forgotten"
         );
 
-        for older in [serde_json::to_vec(&spec).expect("written"), b"{".to_vec()] {
+        for older in [serde_json::to_vec(&*spec).expect("written"), b"{".to_vec()] {
             fs::write(&known, older).expect("written");
             assert!(refused(), "of an earlier version, or damaged: it was brought up before");
         }
 
-        assert_eq!(records.known(std::slice::from_ref(&spec)).expect("listed").stores, []);
+        assert_eq!(records.known(&[StoreSpec::clone(&spec)]).expect("listed").stores, []);
         assert!(!known.exists(), "it is moved aside");
         assert!(refused(), "and says as much as before");
         records.forget_marks(&spec.name).expect("forgotten");
@@ -524,7 +525,7 @@ mod tests {
             fs::write(records.known_path(&name.parse().expect("valid")), "{").expect("written");
         }
         for _ in 0..2 {
-            let known = records.known(&[spec("declared")]).expect("listed");
+            let known = records.known(&[StoreSpec::clone(&spec("declared"))]).expect("listed");
             assert_eq!(known.stores, [spec("whole")]);
             assert_eq!(known.unreadable, ["gone"], "and the next time as well");
         }
@@ -556,6 +557,7 @@ mod tests {
         fs::write(dir.path().join("known"), "").expect("written");
         records.keep(&spec("a"), &Marks::default()).expect("as it was found");
         assert!(records.keep(&spec("b"), &Marks::default()).is_err());
-        assert!(records.keep(&StoreSpec { required: false, ..spec("a") }, &Marks::default()).is_err(), "another one");
+        let another = Arc::new(StoreSpec { required: false, ..StoreSpec::clone(&spec("a")) });
+        assert!(records.keep(&another, &Marks::default()).is_err(), "another one");
     }
 }

@@ -183,7 +183,7 @@ impl Engine {
         }
         for spec in config.stores {
             let Some(entry) = self.entries.get_mut(&spec.name) else {
-                self.add(spec, true);
+                self.add(Arc::new(spec), true);
                 continue;
             };
             if !entry.declared {
@@ -209,7 +209,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn add(&mut self, spec: StoreSpec, declared: bool) {
+    pub(super) fn add(&mut self, spec: Arc<StoreSpec>, declared: bool) {
         let entry = Entry::new(spec, declared);
         let name = entry.spec.name.clone();
         let _ = self.events.send(Event::Added(entry.cell.clone()));

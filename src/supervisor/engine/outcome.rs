@@ -73,7 +73,7 @@ impl Engine {
             return;
         }
         if let Done::Up(Ok(up)) = done {
-            entry.unconfirmed = Some(up);
+            entry.unconfirmed = Some(Box::new(up));
             self.look_soon();
             return;
         }

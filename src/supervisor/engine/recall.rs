@@ -39,7 +39,7 @@ impl Engine {
             // One that is up is where it was found, whatever the record says.
             if entry.op.is_none() && entry.phase != Phase::Active && spec.needs_restart_for(&entry.spec) {
                 entry.next.get_or_insert(Arc::clone(&entry.spec));
-                entry.spec = Arc::new(spec);
+                entry.spec = spec;
                 self.register(&self.entries[&name]);
             }
         }

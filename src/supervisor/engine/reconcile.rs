@@ -85,7 +85,7 @@ impl Engine {
         let mut confirmed = Vec::new();
         for entry in self.entries.values_mut().filter(confirmable) {
             let adopted = entry.op.take() == Some(Op::Adopt);
-            let Some(up) = entry.unconfirmed.take() else { continue };
+            let Some(up) = entry.unconfirmed.take().map(|up| *up) else { continue };
             let shown = match &entry.mount {
                 MountState::Mounted { .. } => {
                     confirmed.push((entry.spec.name.clone(), up, adopted));

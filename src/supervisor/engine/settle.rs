@@ -32,13 +32,16 @@ mod tests {
 
     use super::*;
     use crate::supervisor::{entry::Op, plan::Phase};
-    use layered_stores_model::config::{self, Defaults};
+    use layered_stores_model::{
+        StoreSpec,
+        config::{self, Defaults},
+    };
 
     fn entries(text: &str) -> BTreeMap<StoreName, Entry> {
         let path = |path: &str| path.parse().expect("valid");
         let defaults = Defaults { state_dir: path("/state"), remount_hook: path("/hook") };
         let config = config::parse(text, &defaults).expect("a configuration");
-        config.stores.into_iter().map(|spec| (spec.name.clone(), Entry::new(spec, true))).collect()
+        config.stores.into_iter().map(|spec| (spec.name.clone(), Entry::new(Arc::new(spec), true))).collect()
     }
 
     fn is_up(entry: &mut Entry) {
@@ -90,7 +93,8 @@ mod tests {
         let spec = entries.values().next().map(|entry| (*entry.spec).clone()).expect("it is there");
         for number in 0..5000 {
             let name: StoreName = format!("a{number}").parse().expect("valid");
-            entries.insert(name.clone(), Entry::new(layered_stores_model::StoreSpec { name, ..spec.clone() }, true));
+            let spec = StoreSpec { name: name.clone(), ..spec.clone() };
+            entries.insert(name, Entry::new(Arc::new(spec), true));
         }
         let began = Instant::now();
         arrive(&mut entries);
