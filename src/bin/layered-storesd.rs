@@ -14,7 +14,7 @@ use layered_stores::{
 use layered_stores_client::{BUS_NAME, hook::SOCKET};
 use layered_stores_model::{
     AbsolutePath,
-    config::{self, ConfigError, Defaults},
+    config::{self, ConfigError, Defaults, Keys},
 };
 use layered_stores_overlay::{host, swap};
 use sd_notify::NotifyState;
@@ -131,7 +131,7 @@ async fn serve(settings: Settings) -> Result<()> {
     let (mut hangup, mut terminate) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
     let mut interrupt = signal(SignalKind::interrupt())?;
     let load = settings.clone();
-    let config = tokio::task::spawn_blocking(move || config::load(&load.config, &load.defaults)).await??;
+    let config = tokio::task::spawn_blocking(move || config::load(&load.config, &load.defaults, Keys::Alone)).await??;
 
     let connect = async {
         let connections = Connections::open().await.context("cannot reach the system bus")?;

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use layered_stores_client::{Client, ClientError, Properties};
 use layered_stores_model::{
     AbsolutePath, StoreName,
-    config::{self, Defaults, Diagnostic},
+    config::{self, Defaults, Diagnostic, Keys},
     printable,
 };
 use serde_json::json;
@@ -235,7 +235,7 @@ fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> 
         }
         bail!(message);
     }
-    let config = match config::load(file, &Defaults { state_dir, remount_hook }) {
+    let config = match config::load(file, &Defaults { state_dir, remount_hook }, Keys::Alone) {
         Err(mistakes) if json => {
             let objects = match &mistakes {
                 config::ConfigError::Invalid { diagnostics, .. } => {

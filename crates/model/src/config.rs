@@ -17,7 +17,7 @@ use toml::{
 
 use crate::{
     AbsolutePath, Conflict, Declaration, Ephemeral, EphemeralSize, MAX_SOCKET_PATH_LEN, MountOption, NixDaemon,
-    Ownership, StoreName, StoreSpec, nearest, refuse_setting, refuse_user, stack,
+    Ownership, StoreName, StoreSpec, nearest, nixos_option, refuse_setting, refuse_user, stack,
 };
 
 /// Where the configuration is read from when nothing else is said.
@@ -30,7 +30,7 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/layered-stores";
 pub const DEFAULT_RUNTIME_DIR: &str = "/run/layered-stores";
 
 /// The keys of `[stores.NAME]`.
-const STORE_KEYS: [&str; 12] = [
+pub(crate) const STORE_KEYS: [&str; 12] = [
     "lower-store",
     "root",
     "upper-layer",
@@ -46,7 +46,7 @@ const STORE_KEYS: [&str; 12] = [
 ];
 
 /// The keys of `[stores.NAME.daemon]`.
-const DAEMON_KEYS: [&str; 5] = ["socket-path", "socket-mode", "allowed-users", "trusted-users", "settings"];
+pub(crate) const DAEMON_KEYS: [&str; 5] = ["socket-path", "socket-mode", "allowed-users", "trusted-users", "settings"];
 
 /// What a configuration's defaults are made from.
 #[derive(Clone, Debug)]
@@ -55,6 +55,15 @@ pub struct Defaults {
     pub state_dir: AbsolutePath,
     /// The executable that Nix is told to call as remount hook.
     pub remount_hook: AbsolutePath,
+}
+
+/// How mistakes name keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keys {
+    /// By themselves.
+    Alone,
+    /// Beside each the option of the NixOS module that writes it, for who has never seen the file.
+    WithNixosOptions,
 }
 
 /// A configuration that has passed every check that can be made without the machine.
@@ -117,11 +126,10 @@ impl fmt::Display for Diagnostic {
 ///
 /// # Errors
 /// [`ConfigError`] when the file cannot be read or holds mistakes.
-pub fn load(path: &Path, defaults: &Defaults) -> Result<Config, ConfigError> {
+pub fn load(path: &Path, defaults: &Defaults, keys: Keys) -> Result<Config, ConfigError> {
     match std::fs::read_to_string(path) {
-        Ok(text) => {
-            parse(&text, defaults).map_err(|diagnostics| ConfigError::Invalid { path: path.to_owned(), diagnostics })
-        }
+        Ok(text) => parse(&text, defaults, keys)
+            .map_err(|diagnostics| ConfigError::Invalid { path: path.to_owned(), diagnostics }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Config::default()),
         Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
     }
@@ -140,8 +148,8 @@ pub fn declared_names(path: &Path) -> Vec<String> {
 ///
 /// # Errors
 /// All mistakes, in the order of the text.
-pub fn parse(text: &str, defaults: &Defaults) -> Result<Config, Vec<Diagnostic>> {
-    let mut reader = Reader { text, defaults, diagnostics: Vec::new() };
+pub fn parse(text: &str, defaults: &Defaults, keys: Keys) -> Result<Config, Vec<Diagnostic>> {
+    let mut reader = Reader { text, defaults, keys, diagnostics: Vec::new() };
     let config = match DeTable::parse(text) {
         Ok(document) => reader.document(document.get_ref()),
         Err(error) => {
@@ -161,6 +169,7 @@ pub fn parse(text: &str, defaults: &Defaults) -> Result<Config, Vec<Diagnostic>>
 struct Reader<'a> {
     text: &'a str,
     defaults: &'a Defaults,
+    keys: Keys,
     diagnostics: Vec<Diagnostic>,
 }
 
@@ -227,7 +236,8 @@ impl Reader<'_> {
         let span = place.keys.iter().find(|(key, _)| key == conflict.key).map_or(&place.store, |(_, span)| span);
         let (store, key, value) = (conflict.store.as_str(), conflict.key, &conflict.value);
         let about = About { value: Some(value), ..About::key(store, key) };
-        self.report(span.clone(), about, format!("store {store:?}: {key} = {value:?}: {conflict}"));
+        let option = self.option(store, key);
+        self.report(span.clone(), about, format!("store {store:?}: {key}{option} = {value:?}: {conflict}"));
     }
 
     fn store(
@@ -253,7 +263,9 @@ impl Reader<'_> {
         let mut fields = Fields { reader: self, store, table, within: "" };
         let lower_store = fields.parsed("lower-store");
         if table.get("lower-store").is_none() {
-            let message = "key \"lower-store\" is missing; name the store underneath, for example \"daemon\"";
+            let option = fields.reader.option(store, "lower-store");
+            let message =
+                format!("key \"lower-store\"{option} is missing; name the store underneath, for example \"daemon\"");
             let about = About::key(store, "lower-store");
             fields.reader.report(name.span(), about, format!("store {store:?}: {message}"));
         }
@@ -297,7 +309,8 @@ impl Reader<'_> {
     fn daemon(&mut self, store: &str, value: &Spanned<DeValue<'_>>) -> Option<NixDaemon> {
         let Some(table) = value.get_ref().as_table() else {
             let found = kind(value.get_ref());
-            let message = format!("store {store:?}: daemon: a table is expected here, not {found}");
+            let option = self.option(store, "daemon");
+            let message = format!("store {store:?}: daemon{option}: a table is expected here, not {found}");
             self.report(value.span(), About::key(store, "daemon"), message);
             return None;
         };
@@ -334,7 +347,20 @@ impl Reader<'_> {
         };
         let key_name = format!("{within}{}", key.get_ref());
         let about = About { store, key: Some(&key_name), value: None };
-        self.report(key.span(), about, format!("{place}unknown key {key_name:?}; {hint}"));
+        let option = self.beside(|| nixos_option::setting(store, &key_name));
+        self.report(key.span(), about, format!("{place}unknown key {key_name:?}{option}; {hint}"));
+    }
+
+    /// What stands behind a key of a store: nothing, or its option.
+    fn option(&self, store: &str, key: &str) -> String {
+        self.beside(|| nixos_option::option(store, key))
+    }
+
+    fn beside(&self, option: impl FnOnce() -> String) -> String {
+        match self.keys {
+            Keys::Alone => String::new(),
+            Keys::WithNixosOptions => format!(" ({})", option()),
+        }
     }
 
     fn report(&mut self, span: Range<usize>, about: About<'_>, message: String) {
@@ -390,7 +416,8 @@ impl Fields<'_, '_, '_> {
         let tail = format!("stores/{}/{tail}", self.store);
         let path = self.reader.defaults.state_dir.join(&tail);
         path.map_err(|error| {
-            let message = format!("store {:?}: the default of {key}: {error}; set {key}", self.store);
+            let option = self.reader.option(self.store, key);
+            let message = format!("store {:?}: the default of {key}{option}: {error}; set {key}", self.store);
             self.reader.report(0..0, About::key(self.store, key), message);
         })
         .ok()
@@ -408,8 +435,9 @@ impl Fields<'_, '_, '_> {
             match element.get_ref().as_str().map(&read) {
                 Some(Ok(read)) => list.push(read),
                 Some(Err(why)) => {
-                    let message = format!("store {:?}: {}{key}: {why}", self.store, self.within);
                     let key = format!("{}{key}", self.within);
+                    let option = self.reader.option(self.store, &key);
+                    let message = format!("store {:?}: {key}{option}: {why}", self.store);
                     let about = About { value: element.get_ref().as_str(), ..About::key(self.store, &key) };
                     self.reader.report(element.span(), about, message);
                 }
@@ -491,7 +519,8 @@ impl Fields<'_, '_, '_> {
             match refused {
                 Some(why) => {
                     let key = format!("daemon.settings.{}", name.escape_debug());
-                    let message = format!("store {:?}: {key}: {why}", self.store);
+                    let option = self.reader.option(self.store, &format!("daemon.settings.{name}"));
+                    let message = format!("store {:?}: {key}{option}: {why}", self.store);
                     let about = About { value: text.as_deref(), ..About::key(self.store, &key) };
                     self.reader.report(value.span(), about, message);
                 }
@@ -541,13 +570,15 @@ impl Fields<'_, '_, '_> {
     fn refuse(&mut self, key: &str, value: &str, span: Range<usize>, why: &dyn fmt::Display) {
         let key = format!("{}{key}", self.within);
         let about = About { value: Some(value), ..About::key(self.store, &key) };
-        self.reader.report(span, about, format!("store {:?}: {key} = {value:?}: {why}", self.store));
+        let option = self.reader.option(self.store, &key);
+        self.reader.report(span, about, format!("store {:?}: {key}{option} = {value:?}: {why}", self.store));
     }
 
     fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, expected: &str) {
         let found = kind(value.get_ref());
         let key = format!("{}{key}", self.within);
-        let message = format!("store {:?}: {key}: {expected} is expected here, not {found}", self.store);
+        let option = self.reader.option(self.store, &key);
+        let message = format!("store {:?}: {key}{option}: {expected} is expected here, not {found}", self.store);
         self.reader.report(value.span(), About::key(self.store, &key), message);
     }
 }
@@ -572,19 +603,19 @@ mod tests {
     }
 
     fn mistakes(text: &str) -> Vec<String> {
-        parse(text, &defaults()).expect_err("mistakes").iter().map(ToString::to_string).collect()
+        parse(text, &defaults(), Keys::Alone).expect_err("mistakes").iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn nothing_declares_nothing() {
         for text in ["", "\n# nothing\n", "[stores]\n"] {
-            assert_eq!(parse(text, &defaults()), Ok(Config::default()), "{text:?}");
+            assert_eq!(parse(text, &defaults(), Keys::Alone), Ok(Config::default()), "{text:?}");
         }
     }
 
     #[test]
     fn every_directory_has_a_default_below_the_state_dir() {
-        let config = parse("[stores.ci]\nlower-store = \"daemon\"\n", &defaults()).expect("valid");
+        let config = parse("[stores.ci]\nlower-store = \"daemon\"\n", &defaults(), Keys::Alone).expect("valid");
         let ci = &config.stores[0];
         assert_eq!(ci.layers.lower.as_str(), "/nix/store");
         assert_eq!(ci.root.as_str(), "/var/lib/layered-stores/stores/ci/root");
@@ -691,6 +722,37 @@ mod tests {
     }
 
     #[test]
+    fn mistakes_name_the_nixos_option_beside_the_key() {
+        let text = "[stores.ci]\nupper-layer = \"up\"\nworkdir = \"/w\"\nrequired = 1\nmount-options = [\"ro\"]\n\
+                    daemon.settings.max-free = 1\n[stores.a]\nlower-store = \"layered:b\"\n[stors]\n";
+        let mistakes = parse(text, &defaults(), Keys::WithNixosOptions).expect_err("mistakes");
+        let ci = "services.layeredStores.stores.ci";
+        let expected = [
+            format!(
+                "store \"ci\": key \"lower-store\" ({ci}.lowerStore) is missing; name the store underneath, for example \"daemon\""
+            ),
+            format!("store \"ci\": upper-layer ({ci}.upperLayer) = \"up\": the path is relative; give an absolute path"),
+            "store \"ci\": unknown key \"workdir\" (services.layeredStores.settings.stores.ci.workdir); did you mean \
+             \"work-dir\"?"
+                .to_owned(),
+            format!("store \"ci\": required ({ci}.required): true or false is expected here, not an integer"),
+            format!(
+                "store \"ci\": mount-options ({ci}.mountOptions): \"ro\" is not among the mount options that can be chosen: \
+                 noatime, nodiratime, relatime, strictatime, noexec"
+            ),
+            format!(
+                "store \"ci\": daemon.settings.max-free ({ci}.daemon.settings.max-free): Nix counts wrongly how much is freed \
+                 in a layered store, and would delete more than is asked for; take the setting away"
+            ),
+            "store \"a\": lower-store (services.layeredStores.stores.a.lowerStore) = \"layered:b\": no store \"b\" is declared \
+             here; declare it, or name another"
+                .to_owned(),
+            "unknown key \"stors\" (services.layeredStores.settings.stors); did you mean \"stores\"?".to_owned(),
+        ];
+        assert_eq!(mistakes.into_iter().map(|mistake| mistake.message).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
     fn all_mistakes_are_reported_in_the_order_of_the_text() {
         let text = "[stores.b]\nroot = 1\n[stores.a]\nlower-store = \"/l\"\nworkdir = \"/w\"\n";
         let lines: Vec<_> = mistakes(text).iter().map(|m| m.split(':').next().map(str::to_owned)).collect();
@@ -701,7 +763,7 @@ mod tests {
         /// No text makes the reader panic, and what it accepts it accepts again.
         #[test]
         fn any_text_is_read_or_refused(text in "(\\[stores\\.[a-z-]{1,3}\\]\n(lower-store|root|mode) = \"?[a-z/:.0-9é]{0,6}\"?\n){0,3}") {
-            prop_assert_eq!(parse(&text, &defaults()), parse(&text, &defaults()));
+            prop_assert_eq!(parse(&text, &defaults(), Keys::Alone), parse(&text, &defaults(), Keys::Alone));
         }
     }
 
@@ -709,7 +771,7 @@ mod tests {
     fn a_mistake_says_what_it_is_about() {
         let text = "[stores.ci]\nlower-store = \"daemon\"\nmode = \"9\"\nrequired = 1\n\n\
                     [stores.ci.daemon]\nsocket = \"x\"\nallowed-users = [\"a b\"]\n";
-        let mistakes = parse(text, &defaults()).expect_err("mistakes");
+        let mistakes = parse(text, &defaults(), Keys::Alone).expect_err("mistakes");
         let about = |d: &Diagnostic| (d.line, d.store.clone(), d.key.clone(), d.value.clone());
         let some = |text: &str| Some(text.to_owned());
         assert_eq!(
@@ -721,7 +783,7 @@ mod tests {
                 (8, some("ci"), some("daemon.allowed-users"), some("a b")),
             ]
         );
-        let mistakes = parse("[stores", &defaults()).expect_err("mistakes");
+        let mistakes = parse("[stores", &defaults(), Keys::Alone).expect_err("mistakes");
         assert_eq!(mistakes.iter().map(about).collect::<Vec<_>>(), [(1, None, None, None)]);
     }
 }

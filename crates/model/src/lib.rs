@@ -8,6 +8,7 @@ mod lower;
 mod mount_option;
 mod name;
 mod nix_daemon;
+mod nixos_option;
 mod path;
 mod printable;
 mod spec;

@@ -12,7 +12,7 @@ use std::{
 
 use layered_stores_model::{
     Layers, StoreSpec,
-    config::{self, Defaults},
+    config::{self, Defaults, Keys},
 };
 use layered_stores_overlay::{
     glance, host,
@@ -44,7 +44,7 @@ impl Store {
         let text = format!("[stores.t]\nlower-store = {:?}\n", at("lower"));
         let defaults =
             Defaults { state_dir: at("state").parse().expect("valid"), remount_hook: "/hook".parse().expect("valid") };
-        let config = config::parse(&text, &defaults).expect("a configuration");
+        let config = config::parse(&text, &defaults, Keys::Alone).expect("a configuration");
         Self { spec: config.stores.into_iter().next().expect("a store"), root }
     }
 

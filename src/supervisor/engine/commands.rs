@@ -7,7 +7,7 @@ use std::{
 
 use layered_stores_model::{
     Layers, StoreName, StoreSpec,
-    config::{self, Config},
+    config::{self, Config, Keys},
 };
 use layered_stores_overlay::mountinfo::MountState;
 use tokio::time::Instant;
@@ -89,7 +89,7 @@ impl Engine {
     fn reload(&mut self) {
         if self.reloading.begin() {
             let Settings { config, defaults, .. } = self.settings.clone();
-            self.loading.spawn_blocking(move || config::load(&config, &defaults));
+            self.loading.spawn_blocking(move || config::load(&config, &defaults, Keys::Alone));
         }
     }
 

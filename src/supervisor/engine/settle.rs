@@ -34,13 +34,13 @@ mod tests {
     use crate::supervisor::{entry::Op, plan::Phase};
     use layered_stores_model::{
         StoreSpec,
-        config::{self, Defaults},
+        config::{self, Defaults, Keys},
     };
 
     fn entries(text: &str) -> BTreeMap<StoreName, Entry> {
         let path = |path: &str| path.parse().expect("valid");
         let defaults = Defaults { state_dir: path("/state"), remount_hook: path("/hook") };
-        let config = config::parse(text, &defaults).expect("a configuration");
+        let config = config::parse(text, &defaults, Keys::Alone).expect("a configuration");
         config.stores.into_iter().map(|spec| (spec.name.clone(), Entry::new(Arc::new(spec), true))).collect()
     }
 

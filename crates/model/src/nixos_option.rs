@@ -1,0 +1,109 @@
+//! Which option of the NixOS module a key of the configuration is written with.
+
+/// Where the module has its options (`module/options.nix`).
+const MODULE: &str = "services.layeredStores";
+
+/// The keys that are not written with the one option of their name. For all others `upper-layer` is `upperLayer`.
+const EXCEPTIONS: [(&str, &[&str]); 2] = [
+    ("daemon.allowed-users", &["daemon.allowedUsers", "daemon.allowedGroups"]),
+    ("ephemeral-size", &["ephemeral.size"]),
+];
+
+/// Settings of Nix, which the module takes under their own names.
+const NIX_SETTINGS: &str = "daemon.settings.";
+
+/// The options of a store that a key is written with, as people write them down.
+pub(crate) fn option(store: &str, key: &str) -> String {
+    let options = names(key).into_iter().map(|option| format!("{MODULE}.stores.{}.{option}", attribute(store)));
+    options.collect::<Vec<_>>().join(" or ")
+}
+
+/// The option for what has no option of its own.
+pub(crate) fn setting(store: Option<&str>, key: &str) -> String {
+    let store = store.map(|store| format!("stores.{}.", attribute(store))).unwrap_or_default();
+    let key = key.split('.').map(attribute).collect::<Vec<_>>().join(".");
+    format!("{MODULE}.settings.{store}{key}")
+}
+
+fn names(key: &str) -> Vec<String> {
+    if let Some((_, options)) = EXCEPTIONS.iter().find(|(exception, _)| *exception == key) {
+        return options.iter().map(|&option| option.to_owned()).collect();
+    }
+    let name = match key.strip_prefix(NIX_SETTINGS) {
+        Some(setting) => format!("{NIX_SETTINGS}{}", attribute(setting)),
+        None => camel_case(key),
+    };
+    vec![name]
+}
+
+fn camel_case(key: &str) -> String {
+    let mut words = key.split('-');
+    let first = words.next().unwrap_or_default().to_owned();
+    words.fold(first, |name, word| {
+        let (initial, rest) = word.split_at(word.len().min(1));
+        name + &initial.to_ascii_uppercase() + rest
+    })
+}
+
+/// A name as Nix has it in an attribute path, in quotes where it needs them.
+fn attribute(name: &str) -> String {
+    let is_identifier = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "_'-".contains(c));
+    if is_identifier { name.to_owned() } else { format!("{name:?}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::config::{DAEMON_KEYS, STORE_KEYS};
+
+    /// Made from the options of the module, which the scenario `module` holds.
+    const REFERENCE: &str = include_str!("../../../docs/options.md");
+
+    /// What a store has on NixOS and not in the configuration: switches for a part of it, what NixOS itself is told, and what
+    /// follows from the others.
+    const WITHOUT_KEY: [&str; 8] = [
+        "daemon.enable",
+        "daemon.serviceConfig",
+        "ephemeral.enable",
+        "mountUnit",
+        "realStoreDir",
+        "remountGroups",
+        "remountUsers",
+        "uri",
+    ];
+
+    #[test]
+    fn every_key_is_written_with_options_that_exist_and_every_option_writes_one() {
+        // The table of the Nix daemon has keys of its own.
+        let of_store = STORE_KEYS.iter().filter(|&&key| key != "daemon").map(|&key| key.to_owned());
+        let keys = of_store.chain(DAEMON_KEYS.iter().map(|key| format!("daemon.{key}")));
+        let written: BTreeSet<_> = keys.flat_map(|key| names(&key)).collect();
+        let heading =
+            |line: &'static str| line.strip_prefix("## `services.layeredStores.stores.<name>.")?.strip_suffix('`');
+        let options = REFERENCE.lines().filter_map(heading).filter(|option| !WITHOUT_KEY.contains(option));
+        assert_eq!(written, options.map(str::to_owned).collect());
+    }
+
+    #[test]
+    fn options_are_written_as_nix_reads_them() {
+        for (store, key, expected) in [
+            ("ci", "root", "services.layeredStores.stores.ci.root"),
+            ("1", "upper-layer", "services.layeredStores.stores.\"1\".upperLayer"),
+            ("ci", "daemon.settings.max-jobs", "services.layeredStores.stores.ci.daemon.settings.max-jobs"),
+            ("ci", "daemon.settings.max jobs", "services.layeredStores.stores.ci.daemon.settings.\"max jobs\""),
+            (
+                "ci",
+                "daemon.allowed-users",
+                "services.layeredStores.stores.ci.daemon.allowedUsers or \
+                 services.layeredStores.stores.ci.daemon.allowedGroups",
+            ),
+        ] {
+            assert_eq!(option(store, key), expected);
+        }
+        assert_eq!(setting(Some("ci"), "daemon.socket"), "services.layeredStores.settings.stores.ci.daemon.socket");
+        assert_eq!(setting(None, "stors"), "services.layeredStores.settings.stors");
+    }
+}
