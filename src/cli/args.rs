@@ -125,6 +125,9 @@ pub enum Command {
         /// Where stores live that are given no place of their own
         #[arg(long, value_name = "DIRECTORY", default_value = config::DEFAULT_STATE_DIR)]
         state_dir: AbsolutePath,
+        /// Name the option of the NixOS module beside each key
+        #[arg(long)]
+        nixos_options: bool,
         /// Print JSON: what is declared, or with mistakes, these
         #[arg(long)]
         json: bool,

@@ -55,7 +55,10 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::RemoveData { name, yes } => remove_data(&name, yes).await,
         Command::Wait { names, timeout } => wait(&names, Duration::from_secs(timeout)).await,
         Command::Reload => reload().await,
-        Command::CheckConfig { file, state_dir, json } => check_config(&file, state_dir, json),
+        Command::CheckConfig { file, state_dir, nixos_options, json } => {
+            let keys = if nixos_options { Keys::WithNixosOptions } else { Keys::Alone };
+            check_config(&file, state_dir, keys, json)
+        }
         Command::Enter { name, command } => {
             let store = Client::connect().await?.status(&name).await?;
             refuse_root(&store, "enter")?;
@@ -223,7 +226,7 @@ fn nix_daemon(name: &StoreName) -> anyhow::Error {
     anyhow!("cannot run nix-daemon: {error}; install Nix, or put it on the PATH of the service")
 }
 
-fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> Result<ExitCode> {
+fn check_config(file: &std::path::Path, state_dir: AbsolutePath, keys: Keys, json: bool) -> Result<ExitCode> {
     // Where the hook is does not decide whether a configuration is right.
     let remount_hook = "/usr/bin/layered-stores-remount".parse().context("the default hook")?;
     if !file.exists() {
@@ -235,7 +238,7 @@ fn check_config(file: &std::path::Path, state_dir: AbsolutePath, json: bool) -> 
         }
         bail!(message);
     }
-    let config = match config::load(file, &Defaults { state_dir, remount_hook }, Keys::Alone) {
+    let config = match config::load(file, &Defaults { state_dir, remount_hook }, keys) {
         Err(mistakes) if json => {
             let objects = match &mistakes {
                 config::ConfigError::Invalid { diagnostics, .. } => {
@@ -297,7 +300,7 @@ mod tests {
     #[test]
     fn why_a_file_cannot_be_read_is_said_once() {
         let state_dir = "/var/lib/layered-stores".parse().expect("valid");
-        let error = check_config("/".as_ref(), state_dir, false).expect_err("a directory");
+        let error = check_config("/".as_ref(), state_dir, Keys::Alone, false).expect_err("a directory");
         // As `main` prints it.
         assert_eq!(format!("{error:#}"), "cannot read /: Is a directory (os error 21)");
     }
