@@ -1,108 +1,84 @@
-# What would fail on the machine and can be seen before, each with its option and the way out.
+# What neither a type nor the daemon can say, or not in time: what is wrong between stores, what
+# would end the evaluation with a riddle, and what only NixOS knows. Each names its option and the
+# way out.
 { config, lib, ... }:
 
 let
   cfg = config.services.layeredStores;
+  layered = import ./lib.nix { inherit lib; };
   settingsLib = import ./settings.nix { inherit lib; };
-  problems = import ./problems.nix { inherit lib; } cfg.settings;
   resolved = settingsLib.resolveAll cfg.settings;
   all = lib.attrValues resolved;
 
-  # The option that a key of the configuration was given with. `settings` may have its own mind
-  # about what `stores` declares; then that is what has to change.
-  optionOf =
-    name: key:
-    let
-      path = lib.splitString "." key;
-      rendered = lib.mapAttrs settingsLib.render cfg.stores;
-      value = from: lib.attrByPath ([ name ] ++ path) null from;
-      # Settings of Nix are the only keys that are not ours to name.
-      nix = lib.removePrefix "daemon.settings." key;
-      option =
-        if nix != key then
-          [
-            "daemon"
-            "settings"
-            nix
-          ]
-        else
-          lib.splitString "." (settingsLib.options.${key} or key);
-      typed =
-        cfg.stores ? ${name}
-        && value rendered == value cfg.settings.stores
-        && (nix != key || settingsLib.options ? ${key});
-      place =
-        if typed then
-          [
-            "stores"
-            name
-          ]
-          ++ option
-        else
-          [
-            "settings"
-            "stores"
-            name
-          ]
-          ++ path;
-    in
-    show place;
-  show =
-    path:
-    lib.showOption (
-      [
-        "services"
-        "layeredStores"
-      ]
-      ++ path
-    );
+  optionOf = name: option: "services.layeredStores.stores.${lib.showOption [ name ]}.${option}";
+  lowerStoreOf = store: text: "${optionOf store.name "lowerStore"} = ${builtins.toJSON text}";
 
-  explain =
-    problem:
+  # Units are called by them, and one with a '/' would not be built, in words of its own.
+  names = map (name: {
+    assertion = builtins.match "[a-z0-9][a-z0-9-]{0,63}" name != null;
+    message =
+      "services.layeredStores.stores: ${builtins.toJSON name} is no name for a store; use "
+      + "lower-case letters, digits and '-', at most 64 of them, and no '-' in front";
+  }) (lib.attrNames resolved);
+
+  references = lib.concatMap (
+    store:
     let
-      place =
-        if problem.store == null then
-          show [
-            "settings"
-            problem.key
-          ]
-        else if problem.key == null then
-          show (lib.optional (!cfg.stores ? ${problem.store}) "settings" ++ [ "stores" problem.store ])
-        else
-          optionOf problem.store problem.key;
-      value = lib.optionalString (problem.value != null) " = ${builtins.toJSON problem.value}";
+      next = store.lower.layered or null;
+      chain = settingsLib.chain resolved store.name;
+      place = lowerStoreOf store "layered:${next}";
+    in
+    lib.optionals (next != null) [
+      {
+        assertion = resolved ? ${next};
+        message = "${place}: no store \"${next}\" is declared here; declare it, or name another";
+      }
+      {
+        assertion = lib.allUnique chain;
+        message =
+          "${place}: the store lies on itself (${lib.concatStringsSep " on " chain}); "
+          + "let one of them have a lower store of its own";
+      }
+    ]
+  ) all;
+
+  directories = lib.concatMap (
+    store:
+    lib.mapAttrsToList (option: path: {
+      inherit path;
+      option = optionOf store.name option;
+    }) (settingsLib.written store)
+  ) all;
+  byPath = lib.groupBy (directory: directory.path) directories;
+  shared = map (
+    directory:
+    let
+      around = lib.concatMap (path: byPath.${path} or [ ]) (layered.ancestors directory.path);
+      other = lib.findFirst (other: other != directory) null around;
     in
     {
-      assertion = false;
-      message = "${place}${value}: ${problem.sentence}";
-    };
+      assertion = other == null;
+      message =
+        "${directory.option}: ${directory.path} is not apart from ${other.path}, which is "
+        + "${other.option}; give each a directory of its own";
+    }
+  ) directories;
 
-  # What a configuration without typed options could not have.
-  ofOptions = lib.concatLists (
-    lib.mapAttrsToList (name: store: [
-      {
-        assertion = store.ephemeral.enable -> cfg.settings.stores.${name} ? ephemeral-size;
-        message =
-          "${
-            show [
-              "stores"
-              name
-              "ephemeral"
-              "size"
-            ]
-          }: an ephemeral store needs a size, or it could fill the memory; "
-          + "set it, for example to \"2G\"";
-      }
-    ]) cfg.stores
-  );
+  # The configuration has no `ephemeral-size` then, and no store that is ephemeral.
+  sizes = lib.mapAttrsToList (name: store: {
+    assertion = store.ephemeral.enable -> cfg.settings.stores.${name} ? ephemeral-size;
+    message =
+      "${optionOf name "ephemeral.size"}: an ephemeral store needs a size, or it could fill the "
+      + "memory; set it, for example to \"2G\"";
+  }) cfg.stores;
 
-  throughDaemon = lib.mapAttrsToList (name: store: {
+  throughDaemon = map (store: {
     assertion = store.lower.throughDaemon or false -> config.nix.enable;
     message =
-      "${optionOf name "lower-store"} = ${builtins.toJSON (store.lower.url or "")}: the store "
-      + "underneath is reached through this machine's Nix daemon, and nix.enable is false; "
-      + "set nix.enable = true, or name a store that needs no daemon, such as \"local\"";
-  }) resolved;
+      "${lowerStoreOf store store.lower.url}: the store underneath is reached through this machine's "
+      + "Nix daemon, and nix.enable is false; set nix.enable = true, or name a store that needs no "
+      + "daemon, such as \"local\"";
+  }) all;
 
   # Whoever opens a layered store needs a Nix that can, and stores' daemons are of this one.
   nixPackage = config.nix.package;
@@ -127,13 +103,13 @@ let
   ];
 
   # A Nix expression cannot take other characters apart into the bytes that a URL escapes, and `uri`
-  # would not be what the daemon prints.
-  asciiOnly = lib.mapAttrsToList (name: store: {
-    assertion = builtins.match "[ -~]*" (store.lower.url or "") != null;
+  # would not be what the daemon prints. It refuses control characters itself.
+  asciiOnly = map (store: {
+    assertion = builtins.match "[ -~[:cntrl:]]*" (store.lower.url or "") != null;
     message =
-      "${optionOf name "lower-store"} = ${builtins.toJSON (store.lower.url or "")}: it holds "
-      + "characters beyond ASCII; write them percent-encoded";
-  }) resolved;
+      "${lowerStoreOf store store.lower.url}: it holds characters beyond ASCII; write them "
+      + "percent-encoded";
+  }) all;
 
   # Accounts. They need not be declared here: there are networks, and people with useradd(8).
   declared = {
@@ -165,13 +141,7 @@ let
           kind: option:
           map (account: {
             inherit kind account;
-            option = show (
-              [
-                "stores"
-                name
-              ]
-              ++ option
-            );
+            option = optionOf name option;
           });
         member = account: lib.hasPrefix "@" account;
         both =
@@ -179,23 +149,14 @@ let
           named "users" option (lib.filter (account: !member account) list)
           ++ named "groups" option (map (lib.removePrefix "@") (lib.filter member list));
       in
-      both [ "owner" ] (lib.optional (store.owner != null) store.owner)
-      ++ named "groups" [ "group" ] (lib.optional (store.group != null) store.group)
-      ++ named "users" [ "remountUsers" ] store.remountUsers
-      ++ named "groups" [ "remountGroups" ] store.remountGroups
+      both "owner" (lib.optional (store.owner != null) store.owner)
+      ++ named "groups" "group" (lib.optional (store.group != null) store.group)
+      ++ named "users" "remountUsers" store.remountUsers
+      ++ named "groups" "remountGroups" store.remountGroups
       ++ lib.optionals store.daemon.enable (
-        both [
-          "daemon"
-          "allowedUsers"
-        ] store.daemon.allowedUsers
-        ++ named "groups" [
-          "daemon"
-          "allowedGroups"
-        ] store.daemon.allowedGroups
-        ++ both [
-          "daemon"
-          "trustedUsers"
-        ] store.daemon.trustedUsers
+        both "daemon.allowedUsers" store.daemon.allowedUsers
+        ++ named "groups" "daemon.allowedGroups" store.daemon.allowedGroups
+        ++ both "daemon.trustedUsers" store.daemon.trustedUsers
       )
     ) cfg.stores
   );
@@ -224,8 +185,10 @@ in
 {
   config = lib.mkIf cfg.enable {
     assertions =
-      map explain problems
-      ++ ofOptions
+      names
+      ++ references
+      ++ shared
+      ++ sizes
       ++ throughDaemon
       ++ nixVersions
       ++ asciiOnly

@@ -3,9 +3,8 @@
 # options.nix      what can be declared
 # lib.nix          paths, unit names and store URLs, as the daemon reads them
 # settings.nix     from the options to the daemon's configuration, and what follows from it
-# problems.nix     what the daemon would refuse in such a configuration
-# assertions.nix   the same, said while a system is evaluated
-# service.nix      units, D-Bus, polkit, /etc
+# assertions.nix   what neither a type nor the daemon can say, or not in time
+# service.nix      units, D-Bus, polkit, /etc; the daemon's word on its configuration
 {
   imports = [
     ./options.nix

@@ -23,10 +23,20 @@ let
     (types.listOf types.str)
   ];
 
-  # As a string, or as Nix writes a path. Whether the daemon can do with it is for the assertions,
-  # which say what to write.
-  path = types.coercedTo types.path toString types.str // {
-    description = "absolute path";
+  # As a string, or as Nix writes a path. Nixpkgs 24.05 has no types.externalPath.
+  outside = path: lib.hasPrefix "/" path && !lib.hasPrefix "${builtins.storeDir}/" path;
+  path = types.coercedTo types.path toString (types.addCheck types.str outside) // {
+    description = "absolute path outside of the Nix store";
+    descriptionClass = "noun";
+  };
+
+  mode = types.strMatching "[0-7]{3,4}" // {
+    description = "mode of three or four octal digits";
+    descriptionClass = "noun";
+  };
+
+  size = types.strMatching "0*[1-9][0-9]*[KMGT]?|([1-9][0-9]?|100)%" // {
+    description = "size (\"2G\", \"25%\")";
     descriptionClass = "noun";
   };
 
@@ -46,7 +56,7 @@ let
     };
 
     socketMode = mkOption {
-      type = types.str;
+      type = mode;
       default = settingsLib.defaultSocketMode;
       example = "0660";
       description = ''
@@ -202,7 +212,7 @@ let
         };
 
         mode = mkOption {
-          type = types.nullOr types.str;
+          type = types.nullOr mode;
           default = null;
           example = "0755";
           description = ''
@@ -233,13 +243,18 @@ let
         };
 
         mountOptions = mkOption {
-          type = types.listOf types.str;
+          type = types.listOf (
+            types.enum [
+              "noatime"
+              "nodiratime"
+              "relatime"
+              "strictatime"
+              "noexec"
+            ]
+          );
           default = [ ];
           example = [ "noatime" ];
-          description = ''
-            Options of the store's mount: `noatime`, `nodiratime`, `relatime`, `strictatime`,
-            `noexec`. `nodev` and `nosuid` are always on.
-          '';
+          description = "Options of the store's mount. `nodev` and `nosuid` are always on.";
         };
 
         ephemeral = {
@@ -248,7 +263,7 @@ let
             memory, and are gone with the next boot'';
 
           size = mkOption {
-            type = types.nullOr (types.coercedTo types.ints.positive toString types.str);
+            type = types.nullOr (types.coercedTo types.ints.positive toString size);
             default = null;
             example = "2G";
             description = ''
@@ -340,8 +355,9 @@ in
       description = ''
         The daemon's configuration, `/etc/layered-stores/config.toml`, with its own keys. What
         {option}`services.layeredStores.stores` declares is in here already; a value that is given
-        here wins over it. All of it is checked while the system is evaluated, and again by
-        `layered-stores check-config` while it is built.
+        here wins over it. `layered-stores check-config` reads all of it while the system is
+        built, and names the option in {option}`services.layeredStores.stores` beside each key
+        that it refuses, also where the value is given here.
       '';
     };
 

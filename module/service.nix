@@ -12,17 +12,14 @@ let
   settingsLib = import ./settings.nix { inherit lib; };
   stores = lib.attrValues (settingsLib.resolveAll cfg.settings);
 
-  # The configuration, refused while the system is built if the daemon would refuse it. Assertions
-  # have found what they can by now; this is the daemon's own word.
+  # The configuration, refused while the system is built if the daemon would refuse it: what types
+  # and assertions do not say is left to this. The package runs itself while it is built, and so it
+  # can be run here.
   unchecked = (pkgs.formats.toml { }).generate "config.toml" cfg.settings;
-  configuration =
-    if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
-      pkgs.runCommand "layered-stores-config.toml" { preferLocalBuild = true; } ''
-        ${cfg.package}/bin/layered-stores check-config ${unchecked}
-        cp ${unchecked} $out
-      ''
-    else
-      unchecked;
+  configuration = pkgs.runCommand "layered-stores-config.toml" { preferLocalBuild = true; } ''
+    ${cfg.package}/bin/layered-stores check-config --nixos-options ${unchecked}
+    cp ${unchecked} $out
+  '';
 
   # What the host's Nix daemon has (nixos/modules/services/system/nix-daemon.nix), for the template
   # of the stores' daemons.

@@ -19,26 +19,6 @@ rec {
   defaultSocketMode = "0666";
   defaultTrustedUsers = [ "root" ];
 
-  # Which option a key of the configuration is written with.
-  options = {
-    "lower-store" = "lowerStore";
-    root = "root";
-    "upper-layer" = "upperLayer";
-    "work-dir" = "workDir";
-    owner = "owner";
-    group = "group";
-    mode = "mode";
-    required = "required";
-    autostart = "autostart";
-    "mount-options" = "mountOptions";
-    "ephemeral-size" = "ephemeral.size";
-    "daemon.socket-path" = "daemon.socketPath";
-    "daemon.socket-mode" = "daemon.socketMode";
-    "daemon.allowed-users" = "daemon.allowedUsers";
-    "daemon.trusted-users" = "daemon.trustedUsers";
-    "daemon.settings" = "daemon.settings";
-  };
-
   # The table of a store. What is the daemon's own default is left out, so that a configuration says
   # no more than its author did.
   render =
@@ -77,7 +57,7 @@ rec {
     // unless { } "settings" daemon.settings;
 
   # What a store's table means, with every default filled in. Made for tables without mistakes, and
-  # total for others: where a mistake leaves nothing, there is null.
+  # total for others, which are refused when the system is built.
   resolve =
     name: table:
     let
@@ -85,8 +65,6 @@ rec {
     in
     rec {
       inherit name;
-      # By name or number, as it is written; root has both by default.
-      owner = if textOr "root" table "owner" == "0" then "root" else textOr "root" table "owner";
       ephemeral = table ? ephemeral-size;
       directory = "${stateDir}/stores/${name}";
       root = textOr (defaultDirectory name "root") table "root";
@@ -94,7 +72,7 @@ rec {
       workDir = textOr (defaultDirectory name "work") table "work-dir";
       realStoreDir = "${root}/nix/store";
       mountUnit = layered.mountUnit realStoreDir;
-      lower = if text == null then { problem = null; } else readLowerStore text;
+      lower = if text == null then { } else readLowerStore text;
       socketPath =
         if lib.isAttrs (table.daemon or null) then
           textOr (defaultSocketPath name) table.daemon "socket-path"
@@ -105,13 +83,7 @@ rec {
   # All stores of a configuration, by name.
   resolveAll =
     settings:
-    let
-      stores = settings.stores or { };
-    in
-    if lib.isAttrs stores then
-      lib.mapAttrs resolve (lib.filterAttrs (_name: lib.isAttrs) stores)
-    else
-      { };
+    lib.mapAttrs resolve (lib.filterAttrs (_name: lib.isAttrs) (settings.stores or { }));
 
   # The names of a store and of those it lies on, itself first. It ends behind a name that is there
   # already, and at one that no store has.
@@ -160,6 +132,14 @@ rec {
       throw "the layered store ${name} has no URL: it lies on ${
         lib.concatStringsSep " on " (lib.tail names)
       }";
+
+  # The directories that a store writes, by the options that name them.
+  written =
+    store:
+    if store.ephemeral then
+      { "ephemeral.size" = store.directory; }
+    else
+      { inherit (store) root upperLayer workDir; };
 
   # The directories that have to be there, filesystems mounted, before a store is brought up.
   directories =

@@ -33,12 +33,42 @@ let
     // lib.mapAttrs' (
       name: refusal:
       lib.nameValuePair "test refused: ${name}" {
-        expr = (evaluate [ refusal.configuration ]).failures;
-        expected = refusal.messages;
+        expr = refusedBy refusal.configuration;
+        expected = { inherit (refusal) types assertions; };
       }
     ) refusals
+    // {
+      "test every refusal is in one place" = {
+        expr = lib.attrNames (
+          lib.filterAttrs (
+            _name: refusal:
+            lib.count (where: refusal.${where} != [ ]) [
+              "types"
+              "assertions"
+              "build"
+            ] != 1
+          ) refusals
+        );
+        expected = [ ];
+      };
+    }
     // import ./documentation.nix { inherit lib pkgs options; };
-  refusals = import ./refusals.nix { inherit lib layered; };
+  refusals = import ./refusals.nix { inherit lib nixos layered; };
+
+  # What is not refused at all is evaluated as far as a build needs it.
+  refusedBy =
+    configuration:
+    let
+      evaluated = evaluate [ configuration ];
+      types = evaluated.untyped;
+      assertions = lib.optionals (types == [ ]) evaluated.failures;
+      needed = {
+        inherit (evaluated) toml units wants;
+        inherit (evaluated.said) extraConfig;
+      };
+    in
+    lib.deepSeq (if types ++ assertions == [ ] then needed else null) { inherit types assertions; };
+
   failures = lib.runTests tests;
   inherit (evaluate [ ]) options;
 in
@@ -72,8 +102,8 @@ rec {
     ++ config.warnings
   );
 
-  # For the scenario that boots what is rendered here, and asks the daemon's own opinion about what
-  # is refused.
+  # For the scenario that boots what is rendered here, and asks `layered-stores check-config` about
+  # what it is left to refuse.
   machine = {
     booted = lib.getAttrs [ "toml" "units" "wants" "polkit" "uris" ] (
       import ./booted.nix { inherit lib evaluate; }
@@ -81,9 +111,9 @@ rec {
     refused = lib.mapAttrs (
       _name: refusal: {
         inherit (evaluate [ refusal.configuration ]) toml;
-        inherit (refusal) messages words;
+        inherit (refusal) build;
       }
-    ) (lib.filterAttrs (_name: refusal: refusal.daemon) refusals);
+    ) (lib.filterAttrs (_name: refusal: refusal.build != [ ]) refusals);
     inherit report optionReference;
   };
 

@@ -96,6 +96,20 @@ let
       lib.filter (definition: ours definition.file) option.definitionsWithLocations
     );
 
+  # Where a value cannot be evaluated.
+  untyped =
+    path: value:
+    let
+      isWhole = (builtins.tryEval (builtins.deepSeq value null)).success;
+      isSet = builtins.tryEval (lib.isAttrs value);
+    in
+    if isWhole then
+      [ ]
+    else if isSet.success && isSet.value then
+      lib.concatLists (lib.mapAttrsToList (name: untyped (path ++ [ name ])) value)
+    else
+      [ (lib.showOption path) ];
+
   # What of an evaluated system is the module's, as files.
   files =
     config:
@@ -135,11 +149,27 @@ let
         lib.filter (a: !a.assertion) (lib.concatLists (said options.assertions))
       );
       warnings = lib.concatLists (said options.warnings);
+      # The options of stores whose types do not take what they are given.
+      untyped = lib.concatLists (
+        lib.mapAttrsToList (
+          name: store:
+          map (option: "services.layeredStores.stores.${name}.${option}") (
+            untyped [ ] (
+              # What follows from the others.
+              removeAttrs store [
+                "uri"
+                "realStoreDir"
+                "mountUnit"
+              ]
+            )
+          )
+        ) config.services.layeredStores.stores
+      );
       inherit (config.services.layeredStores) settings;
     };
 in
 {
-  inherit onDebian files;
+  inherit onDebian installed files;
 
   # Modules beside those that are concerned, with what Debian has in the place of packages.
   evaluate = modules: result (concerned.extendModules { modules = [ onDebian ] ++ modules; });

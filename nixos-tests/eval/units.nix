@@ -124,7 +124,7 @@ in
   };
 
   "test the configuration is checked while the system is built" = {
-    expr = lib.hasInfix "/usr/bin/layered-stores check-config /nix/store/" (
+    expr = lib.hasInfix "/usr/bin/layered-stores check-config --nixos-options /nix/store/" (
       ci.config.environment.etc."layered-stores/config.toml".source.buildCommand
     );
     expected = true;

@@ -302,7 +302,7 @@ in
     };
   };
 
-  # The same as in src/store/spec.rs, but for the directories.
+  # The same as in crates/model/src/stack.rs, but for the directories.
   "test the URL of a store on a store is encoded once a level" = {
     expr = {
       base = uri top "base";
@@ -363,6 +363,40 @@ in
         "unix://" = at "/nix/store" true;
         "local?root=" = at "/nix/store" false;
       };
+  };
+
+  # Pre-releases of 2.26 have what is needed, and a package need not say what it is.
+  "test a Nix that may do is not refused" = {
+    expr =
+      let
+        failures =
+          nix:
+          (evaluate [
+            (layered { stores.ci.lowerStore = "local"; })
+            { inherit nix; }
+          ]).failures;
+        nameless = removeAttrs (nixos.installed "nix" "0") [
+          "name"
+          "pname"
+          "version"
+        ];
+      in
+      map failures [
+        { package = nixos.installed "nix" "2.26.0pre20241220_abcdef"; }
+        { package = nameless // { name = "mine"; }; }
+        { package = nameless; }
+        # Nobody uses it.
+        {
+          package = nixos.installed "nix" "2.18.1";
+          enable = false;
+        }
+      ];
+    expected = [
+      [ ]
+      [ ]
+      [ ]
+      [ ]
+    ];
   };
 
   "test accounts that nobody declares are pointed out" = {

@@ -57,7 +57,10 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::config::{DAEMON_KEYS, STORE_KEYS};
+    use crate::{
+        MountOption,
+        config::{DAEMON_KEYS, STORE_KEYS},
+    };
 
     /// Made from the options of the module, which the scenario `module` holds.
     const REFERENCE: &str = include_str!("../../../docs/options.md");
@@ -85,6 +88,12 @@ mod tests {
             |line: &'static str| line.strip_prefix("## `services.layeredStores.stores.<name>.")?.strip_suffix('`');
         let options = REFERENCE.lines().filter_map(heading).filter(|option| !WITHOUT_KEY.contains(option));
         assert_eq!(written, options.map(str::to_owned).collect());
+    }
+
+    #[test]
+    fn every_mount_option_can_be_chosen_on_nixos() {
+        let all = MountOption::ALL.map(|option| format!("\"{option}\"")).join(", ");
+        assert!(REFERENCE.contains(&format!("*Type:* list of (one of {all})")), "{all}");
     }
 
     #[test]

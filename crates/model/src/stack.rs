@@ -253,7 +253,6 @@ fn owner(store: &Declaration) -> &str {
 
 /// The candidate that `text` is most likely meant to be: the one it is the beginning of, or a misspelling.
 pub fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
-    // The NixOS module has the same rule (module/problems.nix), and says the same.
     let begins = |candidate: &&str| candidate.strip_prefix(text).is_some_and(|rest| rest.starts_with('-'));
     if let Some(begun) = candidates.clone().find(begins) {
         return Some(begun);
