@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Weak},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -9,7 +10,7 @@ use std::{
 use layered_stores_model::{Service, StoreSpec, printable};
 use layered_stores_overlay::{
     lock::UpperLock,
-    mountinfo::{Location, MountState, MountTable},
+    mountinfo::{MountState, MountTable},
     place::MountId,
     probe::Stale,
     progress::{Progress, Spot},
@@ -164,8 +165,8 @@ pub(super) struct Entry {
     pub(super) rooms: Rooms,
     /// When what could not be had for it is tried for again: its lock, its record, its watches.
     pub(super) hold_at: Option<Instant>,
-    /// Where its upper layer and its state dir were last seen to lie.
-    own_seen: Option<[Option<Location>; 2]>,
+    /// Where its upper layer and its state dir were last seen to lie, as a hash: it matters only whether that changes.
+    own_seen: Option<u64>,
     /// What an operation that ended well has brought; it counts once the mount table agrees.
     pub(super) unconfirmed: Option<Box<Up>>,
 }
@@ -237,8 +238,12 @@ impl Entry {
 
     /// Follows something that is done about it.
     pub(super) fn follow(&mut self, errand: &Errand) {
-        self.errands.retain(|progress| progress.strong_count() > 0);
         self.errands.push(Arc::downgrade(&errand.progress));
+    }
+
+    /// Follows no more what has come to its end. Nothing of a store at rest has to be looked at.
+    pub(super) fn forget_ended(&mut self) {
+        self.errands.retain(|progress| progress.strong_count() > 0);
     }
 
     /// What has not answered for the longest time, and since when.
@@ -488,8 +493,10 @@ impl Entry {
     /// filesystem that was missing may be there.
     pub(super) fn look_at_own(&mut self, table: &MountTable) {
         let seen = [&self.spec.layers.upper, &self.spec.state_dir].map(|dir| table.location(dir.as_str()));
-        let is_other = self.own_seen.as_ref().is_some_and(|before| *before != seen);
-        self.own_seen = Some(seen);
+        let mut hasher = DefaultHasher::new();
+        seen.hash(&mut hasher);
+        let before = self.own_seen.replace(hasher.finish());
+        let is_other = before.is_some() && before != self.own_seen;
         if is_other && self.retry_at.is_some() && matches!(self.phase, Phase::Failed { .. }) {
             self.try_again();
         }

@@ -79,7 +79,7 @@ impl fmt::Display for Cover {
 }
 
 /// Where a directory lies, whatever is mounted above it later.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Location {
     /// The mount, and where that is mounted.
     mount: u64,

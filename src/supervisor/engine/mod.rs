@@ -212,12 +212,17 @@ impl Engine {
                     Some(command) => self.command(command),
                     None => break,
                 },
-                Some(done) = self.operations.join_next() => match done {
-                    Ok((name, done)) => self.done(&name, done),
-                    // The threads catch panics of work on stores. What is left is a mistake in the engine itself, which may
-                    // believe anything now: the next daemon begins anew.
-                    Err(error) => return Err(std::io::Error::other(error)),
-                },
+                Some(done) = self.operations.join_next() => {
+                    // All that has come to its end: with many stores, a turn of this loop is not for nothing.
+                    let mut next = Some(done);
+                    while let Some(done) = next {
+                        // The threads catch panics of work on stores. What is left is a mistake in the engine itself, which may
+                        // believe anything now: the next daemon begins anew.
+                        let (name, done) = done.map_err(std::io::Error::other)?;
+                        self.done(&name, done);
+                        next = self.operations.try_join_next();
+                    }
+                }
                 Some(loaded) = self.loading.join_next() => self.loaded(loaded),
                 Some(recalled) = self.recalling.join_next() => {
                     self.recalled(recalled.map_err(std::io::Error::other)?.map_err(std::io::Error::other)?);

@@ -54,6 +54,7 @@ impl Engine {
             return;
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.forget_ended();
         if let Done::Verified(result) = done {
             let result = result.map_err(|error| Error::RefreshFailed(name.clone(), error.to_string()));
             answer(entry.verifying.end(), &result);
