@@ -1,64 +1,41 @@
 //! What the engine knows about one store.
 
+mod refreshes;
+mod retries;
+mod serving;
+mod waiting;
+
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Weak},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use layered_stores_model::{Service, StoreSpec, printable};
+use layered_stores_model::{StoreSpec, printable};
 use layered_stores_overlay::{
     lock::UpperLock,
     mountinfo::{MountState, MountTable},
     place::MountId,
-    probe::Stale,
     progress::{Progress, Spot},
-    refresh::{Changes, Fingerprint, Rung},
+    refresh::{Changes, Rung},
 };
-use tokio::{sync::oneshot, time::Instant};
+pub(super) use refreshes::{LEFT, Refreshes, SWAPS_APART};
+pub(super) use retries::Retries;
+pub(super) use serving::Serving;
+use tokio::time::Instant;
+pub(super) use waiting::{Reply, Waiting, answer};
 
+use self::retries::{REPAIR_WINDOW, REPAIRS};
 use super::{
     Error,
-    askers::Askers,
-    limit::Limit,
     operation::Up,
-    owed::{Aim, Owed},
     plan::{Failure, Phase, Want},
     room::Rooms,
     status::{Problem, State, Status, StatusCell},
     threads::{DEADLINE, Errand},
     whereabouts::Whereabouts,
 };
-
-/// Where the answer to a command goes.
-pub(super) type Reply<T = ()> = oneshot::Sender<Result<T, Error>>;
-
-/// How often a mount that vanishes is made again: this many times in [`REPAIR_WINDOW`].
-const REPAIRS: usize = 3;
-const REPAIR_WINDOW: Duration = Duration::from_secs(60);
-
-/// Waiting times before a failed operation is tried again.
-const RETRY_FIRST: Duration = Duration::from_secs(5);
-const RETRY_MOST: Duration = Duration::from_secs(300);
-
-/// A Nix daemon that was connected to for so long has nothing to do with an earlier failure.
-const SERVED_WELL: Duration = Duration::from_secs(600);
-
-/// How often a store is swapped, when it is not root who asks for it. Each swap makes a superblock, and who holds a file open
-/// keeps it.
-const SWAPS: Limit = Limit::new(8, SWAPS_APART);
-pub(super) const SWAPS_APART: Duration = Duration::from_secs(10);
-
-/// How many superblocks swaps may have left behind that somebody holds, until it is root who asks for another one. An honest
-/// store has one for each collection of garbage since its longest build began, if that.
-pub(super) const LEFT: usize = 32;
-
-/// How often a store is refreshed for those who ask for it without a pause. They are all answered by one refresh.
-const REFRESHES: Limit = Limit::new(1000, Duration::from_millis(5));
-
-/// How many lines of the journal refreshes get; others are counted, and the next line has their number.
-const LINES: Limit = Limit::new(10, Duration::from_secs(10));
 
 /// The problems of which a store that failed has one.
 const WHY_FAILED: [Problem; 6] = [
@@ -106,55 +83,13 @@ pub(super) struct Entry {
     /// It was where it should be, or was given up on, since the start or the last reload. What is done about it later does
     /// not make anybody wait.
     pub(super) reached: bool,
-    /// Whether a failed operation may be tried again now.
-    pub(super) retry: bool,
-    pub(super) retry_at: Option<Instant>,
-    /// The same for people.
-    next_try_usec: u64,
-    retries: u32,
-    repairs: VecDeque<Instant>,
-    pub(super) owed: Owed,
-    /// What the refresh in flight is to do.
-    pub(super) paying: Option<Aim>,
-    /// When the refresh in flight began, if nobody has asked for it.
-    pub(super) unasked: Option<Instant>,
-    pub(super) swaps: Limit,
-    pub(super) refreshes: Limit,
-    /// When those who ask are served again, if they ask too often.
-    pub(super) refresh_at: Option<Instant>,
-    pub(super) lines: Limit,
-    /// The refreshes that no line of the journal has told of.
-    pub(super) untold: u64,
-    /// The fingerprint on record, if this run of the daemon has put it there.
-    pub(super) fingerprint: Option<Fingerprint>,
-    /// What was last seen to about its Nix daemon; `None` while nothing was.
-    pub(super) served: Option<Option<Service>>,
-    pub(super) served_at: Option<Instant>,
-    /// When its Nix daemon is seen to again, after a failure, and how many failures there were.
-    pub(super) serve_at: Option<Instant>,
-    serve_failures: u32,
+    pub(super) retries: Retries,
+    pub(super) refreshes: Refreshes,
+    pub(super) serving: Serving,
+    pub(super) waiting: Waiting,
     problems: BTreeMap<Problem, String>,
-    pub(super) last_refresh_usec: u64,
-    pub(super) last_refresh: &'static str,
-    pub(super) refresh_count: u64,
-    pub(super) swap_count: u64,
     pub(super) owner_uid: u32,
     pub(super) cell: StatusCell,
-    pub(super) starting: Vec<Reply>,
-    pub(super) stopping: Vec<Reply>,
-    /// Those who wait until what is in it is removed.
-    pub(super) removing: Vec<Reply>,
-    /// Those who wait for a refresh that has not begun, and for the one that has.
-    pub(super) remounting: Vec<Reply>,
-    pub(super) refreshing: Vec<Reply>,
-    /// Root is among them.
-    pub(super) root_asks: bool,
-    /// Those who ask before it is known whose store it is.
-    pub(super) unproven: Vec<(u32, Reply)>,
-    /// Those who wait until there may be another swap.
-    pub(super) queueing: Vec<Reply>,
-    /// Those who wait for a look at all paths.
-    pub(super) verifying: Askers<Vec<Stale>>,
     /// How far what is being done about it has come.
     errands: Vec<Weak<Progress>>,
     /// Why it counts as stuck, while it does.
@@ -192,39 +127,12 @@ impl Entry {
             op: None,
             passed_over: false,
             reached: false,
-            retry: true,
-            retry_at: None,
-            next_try_usec: 0,
-            retries: 0,
-            repairs: VecDeque::new(),
-            owed: Owed::default(),
-            paying: None,
-            unasked: None,
-            swaps: SWAPS,
-            refreshes: REFRESHES,
-            refresh_at: None,
-            lines: LINES,
-            untold: 0,
-            fingerprint: None,
-            served: None,
-            served_at: None,
-            serve_at: None,
-            serve_failures: 0,
+            retries: Retries::default(),
+            refreshes: Refreshes::default(),
+            serving: Serving::default(),
+            waiting: Waiting::default(),
             problems: BTreeMap::new(),
-            last_refresh_usec: 0,
-            last_refresh: "",
-            refresh_count: 0,
-            swap_count: 0,
             owner_uid: 0,
-            starting: Vec::new(),
-            stopping: Vec::new(),
-            removing: Vec::new(),
-            remounting: Vec::new(),
-            refreshing: Vec::new(),
-            root_asks: false,
-            unproven: Vec::new(),
-            queueing: Vec::new(),
-            verifying: Askers::default(),
             errands: Vec::new(),
             stuck: None,
             whereabouts: Whereabouts::default(),
@@ -262,41 +170,26 @@ impl Entry {
         self.want = want;
         self.clear(&[Problem::Busy]);
         self.try_again();
-        self.retries = 0;
-        self.repairs.clear();
+        self.retries.forget_failures();
+        self.retries.forget_repairs();
     }
 
-    /// Lets a failed operation be tried again at once.
+    /// Lets what has failed be tried again at once.
     pub(super) fn try_again(&mut self) {
-        self.retry = true;
-        self.retry_at = None;
-        self.serve_at = None;
-        self.next_try_usec = 0;
+        self.retries.at_once();
+        self.serving.at_once();
     }
 
     /// Schedules another try of what just failed.
     pub(super) fn retry_later(&mut self, now: Instant) {
-        self.retry = false;
-        let pause = retry_after(self.retries);
-        self.retry_at = Some(now + pause);
-        self.next_try_usec = realtime_usec(pause);
-        self.retries += 1;
-    }
-
-    /// Has its Nix daemon seen to again.
-    pub(super) fn serve_later(&mut self, now: Instant) {
-        if self.served_at.take().is_some_and(|at| now >= at + SERVED_WELL) {
-            self.serve_failures = 0;
-        }
-        self.serve_at = Some(now + retry_after(self.serve_failures));
-        self.serve_failures += 1;
+        self.retries.later(now);
     }
 
     /// Notes that it is up.
     pub(super) fn up(&mut self) {
         self.phase = Phase::Active;
         self.reason.clear();
-        self.retries = 0;
+        self.retries.forget_failures();
         self.try_again();
         self.clear(&WHY_FAILED);
         self.clear(&[Problem::Busy, Problem::RefreshFailed, Problem::Stale]);
@@ -315,9 +208,8 @@ impl Entry {
         self.reason.clear();
         self.unlock();
         self.mounted = None;
-        self.owed = Owed::default();
-        self.fingerprint = None;
-        self.served = None;
+        self.refreshes.forget();
+        self.serving.forget();
         self.whereabouts = Whereabouts::default();
         self.rooms = Rooms::default();
         self.hold_at = None;
@@ -329,7 +221,7 @@ impl Entry {
         let others: Vec<_> = WHY_FAILED.into_iter().filter(|other| *other != problem).collect();
         self.clear(&others);
         self.phase = Phase::Failed { seen: self.mount.clone() };
-        self.retry = false;
+        self.retries.give_up();
         self.reason = printable(&reason);
         self.problem(problem, reason);
     }
@@ -377,34 +269,6 @@ impl Entry {
             let name = &self.spec.name;
             tracing::warn!(store = %name, problem = problem.code(), "{name}: {message}");
             self.problems.insert(problem, message);
-        }
-    }
-
-    /// Notes a refresh that did something, and tells the journal of it.
-    pub(super) fn refreshed(&mut self, refresh: &'static str, probed: usize, now: Instant) {
-        self.refresh_count += 1;
-        self.last_refresh = refresh;
-        self.last_refresh_usec = realtime_usec(Duration::ZERO);
-        if self.untold > 0 || self.lines.next(now).is_some() {
-            self.untold += 1;
-            return;
-        }
-        self.lines.count(now);
-        let name = &self.spec.name;
-        tracing::info!(store = %name, refresh, probed, "{name}: {refresh} (paths probed: {probed})");
-    }
-
-    /// When the journal is to be told of the refreshes that had no line of their own.
-    pub(super) fn tell_at(&self, now: Instant) -> Option<Instant> {
-        (self.untold > 0).then(|| self.lines.next(now).unwrap_or(now))
-    }
-
-    /// Tells the journal of those, if it is time.
-    pub(super) fn tell_rest(&mut self, now: Instant) {
-        if self.tell_at(now).is_some_and(|at| at <= now) {
-            self.lines.count(now);
-            let (name, refreshes, swaps) = (&self.spec.name, std::mem::take(&mut self.untold), self.swap_count);
-            tracing::info!(store = %name, refreshes, swaps, "{name}: refreshed {refreshes} times more ({swaps} swaps so far)");
         }
     }
 
@@ -483,8 +347,8 @@ impl Entry {
         }
         let is_other = self.whereabouts.lower_is_other(&self.spec.layers, table);
         if is_other && self.phase == Phase::Active {
-            self.owed.demand(Changes::unknown(), Rung::Probe, now);
-        } else if is_other && self.retry_at.is_some() {
+            self.refreshes.owed.demand(Changes::unknown(), Rung::Probe, now);
+        } else if is_other && self.retries.due().is_some() {
             self.try_again();
         }
     }
@@ -497,7 +361,7 @@ impl Entry {
         seen.hash(&mut hasher);
         let before = self.own_seen.replace(hasher.finish());
         let is_other = before.is_some() && before != self.own_seen;
-        if is_other && self.retry_at.is_some() && matches!(self.phase, Phase::Failed { .. }) {
+        if is_other && self.retries.due().is_some() && matches!(self.phase, Phase::Failed { .. }) {
             self.try_again();
         }
     }
@@ -506,8 +370,8 @@ impl Entry {
     pub(super) fn is_to_be_served(&self) -> bool {
         self.phase == Phase::Active
             && self.next.is_none()
-            && self.serve_at.is_none()
-            && self.served != Some(self.spec.service())
+            && self.serving.due().is_none()
+            && !self.serving.is(self.spec.service().as_ref())
     }
 
     /// Whether it is on its way up, or about to be.
@@ -533,32 +397,7 @@ impl Entry {
     /// Notes whose store it is, which decides about those who have asked for a refresh before it was up.
     pub(super) fn belongs_to(&mut self, owner_uid: u32) {
         self.owner_uid = owner_uid;
-        for (uid, reply) in std::mem::take(&mut self.unproven) {
-            if uid == owner_uid {
-                self.remounting.push(reply);
-            } else {
-                let _ = reply.send(Err(Error::NotOwner(self.spec.name.clone())));
-            }
-        }
-    }
-
-    /// Those who wait for a refresh that has not begun.
-    pub(super) fn all_remounting(&mut self) -> Vec<Reply> {
-        self.root_asks = false;
-        let mut all = std::mem::take(&mut self.remounting);
-        all.append(&mut self.queueing);
-        all.extend(self.unproven.drain(..).map(|(_, reply)| reply));
-        all
-    }
-
-    /// Whether a mount that vanished may be made again.
-    pub(super) fn may_repair(&mut self, now: Instant) -> bool {
-        self.repairs.retain(|&at| now < at + REPAIR_WINDOW);
-        self.repairs.len() < REPAIRS
-    }
-
-    pub(super) fn repaired(&mut self, now: Instant) {
-        self.repairs.push_back(now);
+        self.waiting.belongs_to(&self.spec.name, owner_uid);
     }
 
     /// Whether it is where it should be, or was given up on.
@@ -573,7 +412,7 @@ impl Entry {
             // Left mounted because it is not ours to unmount.
             Want::Gone => matches!(self.phase, Phase::Failed { .. }),
         };
-        matches!(self.op, None | Some(Op::Refresh | Op::Remove | Op::Hold)) && (at_goal || self.retry_at.is_some())
+        matches!(self.op, None | Some(Op::Refresh | Op::Remove | Op::Hold)) && (at_goal || self.retries.due().is_some())
     }
 
     /// Publishes the status; returns the one before if it was different.
@@ -595,7 +434,7 @@ impl Entry {
             spec: Arc::clone(&self.spec),
             state,
             state_change_usec: if state == before && since > 0 { since } else { realtime_usec(Duration::ZERO) },
-            next_try_usec: self.next_try_usec,
+            next_try_usec: self.retries.due_usec(),
             state_reason: match state {
                 _ if self.op == Some(Op::Remove) && self.stuck.is_none() => "what is in it is being removed".to_owned(),
                 State::Failed => self.reason.clone(),
@@ -604,36 +443,16 @@ impl Entry {
             },
             problems: self.problems.iter().map(|(problem, message)| (*problem, message.clone())).collect(),
             declared: self.declared,
-            last_refresh_usec: self.last_refresh_usec,
-            last_refresh: self.last_refresh,
-            refresh_count: self.refresh_count,
-            swap_count: self.swap_count,
+            last_refresh_usec: self.refreshes.last_usec,
+            last_refresh: self.refreshes.last,
+            refresh_count: self.refreshes.count,
+            swap_count: self.refreshes.swap_count,
             owner_uid: self.owner_uid,
         })
-    }
-
-    /// Answers everybody who waits with an error.
-    pub(super) fn answer_all(&mut self, error: &Error) {
-        let waiting = [&mut self.starting, &mut self.stopping, &mut self.removing, &mut self.refreshing];
-        answer(waiting.into_iter().flat_map(std::mem::take), &Err(error.clone()));
-        answer(self.verifying.all(), &Err(error.clone()));
-        answer(self.all_remounting(), &Err(error.clone()));
     }
 }
 
 fn realtime_usec(ahead: Duration) -> u64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from((since_epoch + ahead).as_micros()).unwrap_or(u64::MAX)
-}
-
-/// How long something that has failed before is left alone.
-fn retry_after(failures: u32) -> Duration {
-    RETRY_FIRST.saturating_mul(1 << failures.min(8)).min(RETRY_MOST)
-}
-
-/// Sends the same answer to all; whoever went away in the meantime misses it.
-pub(super) fn answer<T: Clone>(waiting: impl IntoIterator<Item = Reply<T>>, result: &Result<T, Error>) {
-    for reply in waiting {
-        let _ = reply.send(result.clone());
-    }
 }

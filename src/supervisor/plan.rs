@@ -64,7 +64,7 @@ pub(super) struct View<'a> {
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Action {
+pub(super) enum Step {
     /// Nothing now.
     Rest,
     /// It is not mounted and that is as wanted.
@@ -103,52 +103,52 @@ pub(super) enum Failure {
     NotOurs,
 }
 
-/// Decides. Deciding again after the action was carried out converges to [`Action::Rest`].
-pub(super) fn plan(view: &View<'_>) -> Action {
+/// Decides. Deciding again after the step was carried out converges to [`Step::Rest`].
+pub(super) fn plan(view: &View<'_>) -> Step {
     let given_up = |failure: Failure| {
-        if *view.phase == (Phase::Failed { seen: view.mount.clone() }) { Action::Rest } else { Action::Fail(failure) }
+        if *view.phase == (Phase::Failed { seen: view.mount.clone() }) { Step::Rest } else { Step::Fail(failure) }
     };
     let down = view.want != Want::Up || view.respecify;
     match (down, view.mount) {
         (true, MountState::Absent) => match (view.want, view.phase) {
-            (Want::Gone, _) => Action::Forget,
-            _ if view.respecify => Action::Respecify,
-            (_, Phase::Inactive) => Action::Rest,
-            _ => Action::Settle,
+            (Want::Gone, _) => Step::Forget,
+            _ if view.respecify => Step::Respecify,
+            (_, Phase::Inactive) => Step::Rest,
+            _ => Step::Settle,
         },
-        (true, MountState::Mounted { twice: true, .. }) => Action::FinishSwap,
+        (true, MountState::Mounted { twice: true, .. }) => Step::FinishSwap,
         (true, MountState::Mounted { .. }) if !view.ours => given_up(Failure::NotOurs),
         // Those on top go first; until then there is nothing to do.
-        (true, MountState::Mounted { .. }) if view.carries || !view.retry => Action::Rest,
-        (true, MountState::Mounted { .. }) => Action::Stop,
+        (true, MountState::Mounted { .. }) if view.carries || !view.retry => Step::Rest,
+        (true, MountState::Mounted { .. }) => Step::Stop,
         // systemd would unmount what is on top, which is not ours to unmount.
         (true, MountState::Covered(cover)) => given_up(Failure::Covered(cover.clone())),
         // Whatever it is, the store is not up.
         (true, MountState::Foreign { .. }) => match view.want {
-            Want::Gone => Action::Forget,
-            _ if view.respecify => Action::Respecify,
-            _ if *view.phase == Phase::Inactive => Action::Rest,
-            _ => Action::Settle,
+            Want::Gone => Step::Forget,
+            _ if view.respecify => Step::Respecify,
+            _ if *view.phase == Phase::Inactive => Step::Rest,
+            _ => Step::Settle,
         },
 
         (false, MountState::Absent) => match view.phase {
-            Phase::Failed { seen: MountState::Absent } if !view.retry => Action::Rest,
-            _ if matches!(view.lower, Lower::Pending | Lower::Leaving) => Action::Rest,
+            Phase::Failed { seen: MountState::Absent } if !view.retry => Step::Rest,
+            _ if matches!(view.lower, Lower::Pending | Lower::Leaving) => Step::Rest,
             _ if view.lower == Lower::Unavailable => given_up(Failure::Lower),
-            Phase::Active if view.repair => Action::Start { repair: true },
-            Phase::Active => Action::Fail(Failure::MountLost),
-            _ => Action::Start { repair: false },
+            Phase::Active if view.repair => Step::Start { repair: true },
+            Phase::Active => Step::Fail(Failure::MountLost),
+            _ => Step::Start { repair: false },
         },
-        (false, MountState::Mounted { twice: true, .. }) => Action::FinishSwap,
+        (false, MountState::Mounted { twice: true, .. }) => Step::FinishSwap,
         // It has to make way for the store underneath, and comes back after it.
         (false, MountState::Mounted { .. }) if view.lower == Lower::Leaving => {
-            if view.ours && view.retry && !view.carries { Action::Stop } else { Action::Rest }
+            if view.ours && view.retry && !view.carries { Step::Stop } else { Step::Rest }
         }
         (false, mount @ MountState::Mounted { .. }) => match view.phase {
-            Phase::Active => Action::Rest,
-            Phase::Failed { seen } if seen == mount && !view.retry => Action::Rest,
-            _ if view.lower == Lower::Pending => Action::Rest,
-            _ => Action::Adopt,
+            Phase::Active => Step::Rest,
+            Phase::Failed { seen } if seen == mount && !view.retry => Step::Rest,
+            _ if view.lower == Lower::Pending => Step::Rest,
+            _ => Step::Adopt,
         },
         (false, MountState::Covered(cover)) => given_up(Failure::Covered(cover.clone())),
         (false, MountState::Foreign { what }) => given_up(Failure::Foreign(what.clone())),
@@ -185,7 +185,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the situation: carrying out what is planned, with each action doing what it should, comes to rest, and at
+        /// Whatever the situation: carrying out what is planned, with each step doing what it should, comes to rest, and at
         /// rest the store is where it should be or something is in the way.
         #[test]
         fn every_situation_comes_to_rest(
@@ -205,7 +205,7 @@ mod tests {
             for _ in 0..8 {
                 let view = View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry };
                 match plan(&view) {
-                    Action::Rest => {
+                    Step::Rest => {
                         let up = matches!(mount, MountState::Mounted { .. });
                         let failed = matches!(phase, Phase::Failed { .. });
                         match want {
@@ -218,26 +218,26 @@ mod tests {
                         }
                         return Ok(());
                     }
-                    Action::Forget => {
+                    Step::Forget => {
                         prop_assert_eq!(want, Want::Gone);
                         let is_ours = matches!(mount, MountState::Mounted { .. } | MountState::Covered(_));
                         prop_assert!(!is_ours);
                         return Ok(());
                     }
-                    Action::Settle => phase = Phase::Inactive,
-                    Action::Start { .. } => {
+                    Step::Settle => phase = Phase::Inactive,
+                    Step::Start { .. } => {
                         prop_assert_eq!(&mount, &MountState::Absent);
                         prop_assert_eq!(lower, Lower::Ready);
                         (mount, phase, ours) = (mounted.clone(), Phase::Active, true);
                     }
-                    Action::Adopt => phase = Phase::Active,
-                    Action::FinishSwap => mount = mounted.clone(),
-                    Action::Stop => {
+                    Step::Adopt => phase = Phase::Active,
+                    Step::FinishSwap => mount = mounted.clone(),
+                    Step::Stop => {
                         prop_assert!(ours && !carries, "never unmount what is not ours or is stood on");
                         (mount, phase) = (MountState::Absent, Phase::Inactive);
                     }
-                    Action::Respecify => (respecify, phase) = (false, Phase::Inactive),
-                    Action::Fail(_) => phase = Phase::Failed { seen: mount.clone() },
+                    Step::Respecify => (respecify, phase) = (false, Phase::Inactive),
+                    Step::Fail(_) => phase = Phase::Failed { seen: mount.clone() },
                 }
             }
             prop_assert!(false, "no rest");
@@ -260,58 +260,58 @@ mod tests {
             retry: true,
         };
         let failed = Phase::Failed { seen: covered.clone() };
-        for (what, view, action) in [
-            ("a declared store is started", base.clone(), Action::Start { repair: false }),
-            ("a mount that is right is adopted", View { mount: &mounted, ..base.clone() }, Action::Adopt),
+        for (what, view, step) in [
+            ("a declared store is started", base.clone(), Step::Start { repair: false }),
+            ("a mount that is right is adopted", View { mount: &mounted, ..base.clone() }, Step::Adopt),
             (
                 "a mount that vanished is made again",
                 View { phase: &Phase::Active, ..base.clone() },
-                Action::Start { repair: true },
+                Step::Start { repair: true },
             ),
             (
                 "a mount that vanishes all the time is not",
                 View { phase: &Phase::Active, repair: false, ..base.clone() },
-                Action::Fail(Failure::MountLost),
+                Step::Fail(Failure::MountLost),
             ),
-            ("a store waits for the one underneath", View { lower: Lower::Pending, ..base.clone() }, Action::Rest),
+            ("a store waits for the one underneath", View { lower: Lower::Pending, ..base.clone() }, Step::Rest),
             (
                 "a store does not start without the one underneath",
                 View { lower: Lower::Unavailable, ..base.clone() },
-                Action::Fail(Failure::Lower),
+                Step::Fail(Failure::Lower),
             ),
             (
                 "a covered store is not usable",
                 View { mount: &covered, phase: &Phase::Active, ..base.clone() },
-                Action::Fail(Failure::Covered(cover())),
+                Step::Fail(Failure::Covered(cover())),
             ),
             (
                 "a store makes way for the one underneath that changes",
                 View { mount: &mounted, phase: &Phase::Active, lower: Lower::Leaving, ..base.clone() },
-                Action::Stop,
+                Step::Stop,
             ),
-            ("uncovered, it is usable again", View { mount: &mounted, phase: &failed, ..base.clone() }, Action::Adopt),
+            ("uncovered, it is usable again", View { mount: &mounted, phase: &failed, ..base.clone() }, Step::Adopt),
             (
                 "what covers it is not unmounted to stop it",
                 View { mount: &covered, want: Want::Down, ..base.clone() },
-                Action::Fail(Failure::Covered(cover())),
+                Step::Fail(Failure::Covered(cover())),
             ),
             (
                 "what the daemon did not mount it does not unmount",
                 View { mount: &mounted, want: Want::Gone, ours: false, ..base.clone() },
-                Action::Fail(Failure::NotOurs),
+                Step::Fail(Failure::NotOurs),
             ),
             (
                 "a store that carries another one waits for that to go",
                 View { mount: &mounted, want: Want::Down, carries: true, ..base.clone() },
-                Action::Rest,
+                Step::Rest,
             ),
             (
                 "a changed store is taken down before it is made anew",
                 View { mount: &mounted, phase: &Phase::Active, respecify: true, ..base },
-                Action::Stop,
+                Step::Stop,
             ),
         ] {
-            assert_eq!(plan(&view), action, "{what}");
+            assert_eq!(plan(&view), step, "{what}");
         }
     }
 }

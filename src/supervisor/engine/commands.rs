@@ -12,7 +12,7 @@ use layered_stores_model::{
 use layered_stores_overlay::mountinfo::MountState;
 use tokio::time::Instant;
 
-use super::{Engine, Settings, number, outcome::Done};
+use super::{Engine, Settings, done::Done, number};
 use crate::supervisor::{
     Error,
     entry::{Entry, Reply, answer},
@@ -41,13 +41,13 @@ impl Engine {
                 }
                 entry.rooms.soon(Instant::now());
                 match asker {
-                    Asker::User(uid) if !is_active => entry.unproven.push((uid, reply)),
+                    Asker::User(uid) if !is_active => entry.waiting.unproven.push((uid, reply)),
                     Asker::User(uid) if uid != entry.owner_uid => {
                         let _ = reply.send(Err(Error::NotOwner(name)));
                     }
                     _ => {
-                        entry.remounting.push(reply);
-                        entry.root_asks |= asker == Asker::Root;
+                        entry.waiting.remounting.push(reply);
+                        entry.waiting.root_asks |= asker == Asker::Root;
                         self.refresh(&name);
                     }
                 }
@@ -57,7 +57,7 @@ impl Engine {
                 if let Some(stuck) = &entry.stuck {
                     let _ = reply.send(Err(Error::Stuck(name, stuck.clone())));
                 } else if entry.phase == Phase::Active {
-                    entry.verifying.ask(reply);
+                    entry.waiting.verifying.ask(reply);
                     entry.rooms.soon(Instant::now());
                     self.verify(&name);
                 } else {
@@ -76,7 +76,7 @@ impl Engine {
     /// Looks at all paths of a store, if somebody waits for that and nobody does it.
     pub(super) fn verify(&mut self, name: &StoreName) {
         let Some(entry) = self.entries.get_mut(name) else { return };
-        if !entry.verifying.begin() {
+        if !entry.waiting.verifying.begin() {
             return;
         }
         let (errand, mounted) = (self.tools.threads.errand(Arc::clone(&entry.spec)), entry.mounted);
@@ -115,7 +115,7 @@ impl Engine {
             next = entry.spec.lower_name().cloned();
         }
         if let Some(entry) = self.entries.get_mut(name) {
-            entry.starting.push(reply);
+            entry.waiting.starting.push(reply);
         }
         self.reconcile();
     }
@@ -127,7 +127,7 @@ impl Engine {
             let _ = reply.send(Err(Error::Stuck(name.clone(), stuck.clone())));
         } else if carried.is_empty() {
             entry.want(if entry.declared { Want::Down } else { Want::Gone });
-            entry.stopping.push(reply);
+            entry.waiting.stopping.push(reply);
             self.reconcile();
         } else {
             let carried = carried.iter().map(ToString::to_string).collect();

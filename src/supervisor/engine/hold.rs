@@ -6,7 +6,7 @@ use layered_stores_model::StoreName;
 use layered_stores_overlay::refresh::{Changes, Rung};
 use tokio::time::Instant;
 
-use super::{Engine, outcome::Done};
+use super::{Engine, done::Done};
 use crate::supervisor::{
     entry::{Entry, Op},
     operation::{self, Held, OperationError},
@@ -60,7 +60,7 @@ impl Engine {
             }
             None if entry.has(Problem::Unwatched) => {
                 entry.clear(&[Problem::Unwatched]);
-                entry.owed.demand(Changes::lost(), Rung::Probe, now);
+                entry.refreshes.owed.demand(Changes::lost(), Rung::Probe, now);
             }
             None => {}
         }

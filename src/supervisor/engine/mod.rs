@@ -1,8 +1,8 @@
 //! The one task that owns the state of all stores.
 
 mod commands;
+mod done;
 mod hold;
-mod outcome;
 mod recall;
 mod reconcile;
 mod refresh;
@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use outcome::Done;
+use done::Done;
 use remove::Removing;
 use rustix::io::Errno;
 use tokio::{
@@ -240,7 +240,7 @@ impl Engine {
             }
         }
         for entry in self.entries.values_mut() {
-            entry.answer_all(&Error::ShuttingDown);
+            entry.waiting.answer_all(&Error::ShuttingDown);
         }
         let removing = std::mem::take(&mut self.removing).into_values().flat_map(|removing| removing.waiting);
         answer(removing, &Err(Error::ShuttingDown));
@@ -255,9 +255,10 @@ impl Engine {
         let now = Instant::now();
         let free = self.unasked_from(now);
         let of_entry = |entry: &Entry| {
-            let retry = entry.retry_at.filter(|_| entry.op.is_none());
-            let serve = entry.serve_at.filter(|_| entry.op.is_none());
-            let times = [refresh::refresh_at(entry, free), retry, serve, entry.stuck_due(), entry.tell_at(now)];
+            let retry = entry.retries.due().filter(|_| entry.op.is_none());
+            let serve = entry.serving.due().filter(|_| entry.op.is_none());
+            let times =
+                [refresh::refresh_at(entry, free), retry, serve, entry.stuck_due(), entry.refreshes.tell_at(now)];
             times.into_iter().chain([room::room_at(entry), hold::hold_at(entry)]).flatten().min()
         };
         self.entries.values().filter_map(of_entry).chain(self.look_at).chain(self.look_at_stuck).min()
@@ -267,15 +268,15 @@ impl Engine {
         let now = Instant::now();
         self.look_at_stuck(now);
         for entry in self.entries.values_mut() {
-            if entry.op.is_none() && entry.retry_at.is_some_and(|at| at <= now) {
+            if entry.op.is_none() && entry.retries.due().is_some_and(|at| at <= now) {
                 entry.try_again();
                 self.look_at = Some(now);
             }
-            if entry.op.is_none() && entry.serve_at.is_some_and(|at| at <= now) {
-                entry.serve_at = None;
+            if entry.op.is_none() && entry.serving.due().is_some_and(|at| at <= now) {
+                entry.serving.at_once();
                 self.look_at = Some(now);
             }
-            entry.tell_rest(now);
+            entry.refreshes.tell_rest(&entry.spec.name, now);
         }
         self.hold_due(now);
         self.refresh_due(now);
@@ -321,7 +322,7 @@ impl Engine {
         let now = Instant::now();
         for (name, changes) in changes {
             if let Some(entry) = self.entries.get_mut(&name) {
-                entry.owed.see(changes, now);
+                entry.refreshes.owed.see(changes, now);
             }
         }
     }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     Engine,
-    outcome::{Done, Release},
+    done::{Done, Release},
     remove::Removing,
 };
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
         entry::{Entry, Op, answer},
         nix_daemon,
         operation::{self, Tools},
-        plan::{Action, Lower, Phase, View, Want, plan},
+        plan::{Lower, Phase, Step, View, Want, plan},
         status::Problem,
         threads::Errand,
     },
@@ -105,7 +105,7 @@ impl Engine {
         }
     }
 
-    /// Carries out the next action for a store. Whether there may be another one.
+    /// Carries out the next step for a store. Whether there may be another one.
     pub(super) fn step(&mut self, name: &StoreName, now: Instant) -> bool {
         let Some(entry) = self.entries.get_mut(name) else { return false };
         // A refresh may be in flight while the mount is lost; what comes of it does not matter then.
@@ -134,36 +134,36 @@ impl Engine {
             respecify: entry.next.is_some(),
             carries,
             ours: !(goes_down || lower == Lower::Leaving) || mount_unit::is_ours(&entry.spec.mount_unit),
-            repair: entry.may_repair(now),
-            retry: entry.retry,
+            repair: entry.retries.may_repair(now),
+            retry: entry.retries.is_allowed(),
             phase: &entry.phase,
             mount: &entry.mount,
         };
-        let action = plan(&view);
-        if action != Action::Rest {
-            tracing::debug!(store = %name, "{name}: planned: {action:?}");
+        let step = plan(&view);
+        if step != Step::Rest {
+            tracing::debug!(store = %name, "{name}: planned: {step:?}");
         }
-        match action {
-            Action::Rest => {
+        match step {
+            Step::Rest => {
                 self.rested(name);
                 false
             }
-            Action::Settle => {
+            Step::Settle => {
                 entry.down();
                 true
             }
-            Action::Fail(failure) => {
+            Step::Fail(failure) => {
                 entry.give_up(failure);
                 true
             }
-            Action::Start { .. } if !self.recalling.is_empty() => {
+            Step::Start { .. } if !self.recalling.is_empty() => {
                 self.wait_for_records(name);
                 true
             }
-            Action::Start { repair } => {
+            Step::Start { repair } => {
                 if repair {
                     tracing::warn!(store = %name, "{name}: its mount is gone and is made again");
-                    entry.repaired(now);
+                    entry.retries.repaired(now);
                 }
                 let lock = entry.lock.take();
                 self.spawn(name, Op::Start, async move |tools, errand| {
@@ -171,7 +171,7 @@ impl Engine {
                 });
                 false
             }
-            Action::Adopt => {
+            Step::Adopt => {
                 let locked = entry.lock.is_some();
                 let differ = matches!(entry.mount, MountState::Mounted { flags: Some(_), .. });
                 self.spawn(name, Op::Adopt, async move |tools, errand| {
@@ -179,23 +179,23 @@ impl Engine {
                 });
                 false
             }
-            Action::Stop => {
+            Step::Stop => {
                 self.spawn(name, Op::Stop, async move |tools, errand| {
                     Done::Stopped(operation::stop(tools, errand).await)
                 });
                 false
             }
-            Action::FinishSwap => {
+            Step::FinishSwap => {
                 self.spawn(name, Op::FinishSwap, async move |_, errand| {
                     Done::SwapFinished(operation::finish_swap(errand).await)
                 });
                 false
             }
-            Action::Respecify => {
+            Step::Respecify => {
                 self.release(name, Release::Respecify);
                 false
             }
-            Action::Forget => {
+            Step::Forget => {
                 self.release(name, Release::Forget);
                 false
             }
@@ -253,16 +253,16 @@ impl Engine {
         let Some(entry) = self.entries.get_mut(name) else { return };
         match &entry.phase {
             Phase::Active => {
-                answer(std::mem::take(&mut entry.starting), &Ok(()));
+                answer(std::mem::take(&mut entry.waiting.starting), &Ok(()));
                 self.refresh_if_asked(name);
             }
             Phase::Failed { .. } => {
                 let reason = entry.reason.clone();
                 let not_active = Err(entry.not_active());
-                answer(entry.all_remounting(), &not_active);
+                answer(entry.waiting.all_remounting(), &not_active);
                 let failed = Err(Error::StartFailed(name.clone(), reason.clone()));
-                answer(std::mem::take(&mut entry.starting), &failed);
-                let asked = std::mem::take(&mut entry.stopping);
+                answer(std::mem::take(&mut entry.waiting.starting), &failed);
+                let asked = std::mem::take(&mut entry.waiting.stopping);
                 if !asked.is_empty() && entry.want == Want::Down {
                     // A stop that is refused has no effect, now or later.
                     entry.want(Want::Up);
@@ -272,8 +272,8 @@ impl Engine {
             }
             Phase::Inactive if entry.want != Want::Up => {
                 let not_active = Err(entry.not_active());
-                answer(entry.all_remounting(), &not_active);
-                answer(std::mem::take(&mut entry.stopping), &Ok(()));
+                answer(entry.waiting.all_remounting(), &not_active);
+                answer(std::mem::take(&mut entry.waiting.stopping), &Ok(()));
             }
             Phase::Inactive => {}
         }

@@ -9,7 +9,7 @@ use layered_stores_overlay::{
 };
 use tokio::time::Instant;
 
-use super::{Engine, outcome::Done};
+use super::{Engine, done::Done};
 use crate::supervisor::{
     Error,
     entry::{Entry, LEFT, Op, SWAPS_APART, answer},
@@ -31,7 +31,7 @@ pub(super) fn refresh_at(entry: &Entry, unasked_from: Instant) -> Option<Instant
     if entry.op.is_some() || entry.passed_over || entry.phase != Phase::Active {
         return None;
     }
-    [entry.owed.due().map(|at| at.max(unasked_from)), entry.refresh_at].into_iter().flatten().min()
+    [entry.refreshes.owed.due().map(|at| at.max(unasked_from)), entry.refreshes.asked_at].into_iter().flatten().min()
 }
 
 impl Engine {
@@ -40,7 +40,7 @@ impl Engine {
         let free = self.unasked_from(now);
         let is_due = |entry: &&Entry| refresh_at(entry, free).is_some_and(|at| at <= now);
         let due = self.entries.values().filter(is_due);
-        let mut due: Vec<_> = due.map(|entry| (entry.owed.due(), entry.spec.name.clone())).collect();
+        let mut due: Vec<_> = due.map(|entry| (entry.refreshes.owed.due(), entry.spec.name.clone())).collect();
         due.sort_unstable();
         for (_, name) in due {
             self.refresh(&name);
@@ -49,14 +49,14 @@ impl Engine {
 
     /// When there may be another refresh that nobody has asked for.
     pub(super) fn unasked_from(&self, now: Instant) -> Instant {
-        let in_flight = self.entries.values().filter_map(|entry| entry.unasked);
+        let in_flight = self.entries.values().filter_map(|entry| entry.refreshes.unasked);
         let ends = in_flight.map(|since| since + UNASKED_MOST).filter(|&end| end > now);
         if ends.clone().count() < UNASKED { now } else { ends.min().unwrap_or(now) }
     }
 
     /// Serves those who have asked while something else was being done.
     pub(super) fn refresh_if_asked(&mut self, name: &StoreName) {
-        if self.entries.get(name).is_some_and(|entry| !entry.remounting.is_empty()) {
+        if self.entries.get(name).is_some_and(|entry| !entry.waiting.remounting.is_empty()) {
             self.refresh(name);
         }
     }
@@ -71,18 +71,18 @@ impl Engine {
         if entry.op.is_some() || entry.passed_over || entry.phase != Phase::Active {
             return;
         }
-        let waited_for = !entry.remounting.is_empty();
-        entry.refresh_at = entry.refreshes.next(now).filter(|_| waited_for && !entry.root_asks);
-        let asked = waited_for && entry.refresh_at.is_none();
+        let waited_for = !entry.waiting.remounting.is_empty();
+        entry.refreshes.asked_at = entry.refreshes.asked.next(now).filter(|_| waited_for && !entry.waiting.root_asks);
+        let asked = waited_for && entry.refreshes.asked_at.is_none();
         if !asked && full {
             return;
         }
-        let Some(mut aim) = entry.owed.take(now, asked) else { return };
-        if !asked && entry.queueing.is_empty() {
-            entry.owed.leave_lost(&mut aim);
+        let Some(mut aim) = entry.refreshes.owed.take(now, asked) else { return };
+        if !asked && entry.waiting.queueing.is_empty() {
+            entry.refreshes.owed.leave_lost(&mut aim);
         }
-        entry.unasked = (!asked).then_some(now);
-        entry.paying = Some(aim.clone());
+        entry.refreshes.unasked = (!asked).then_some(now);
+        entry.refreshes.aim = Some(aim.clone());
         let mounted = entry.mounted;
         if aim.glance.is_some() {
             self.spawn(name, Op::Refresh, async move |_, errand| {
@@ -90,19 +90,19 @@ impl Engine {
             });
             return;
         }
-        let is_free = || entry.swaps.next(now).is_none() && self.tools.left.count(name) < LEFT;
-        let may_swap = (asked && entry.root_asks) || aim.from == Rung::Swap || is_free();
+        let is_free = || entry.refreshes.swaps.next(now).is_none() && self.tools.left.count(name) < LEFT;
+        let may_swap = (asked && entry.waiting.root_asks) || aim.from == Rung::Swap || is_free();
         let to = if may_swap { Rung::Swap } else { Rung::Reconfigure };
         if asked {
-            entry.refreshes.count(now);
-            entry.root_asks = false;
-            entry.refreshing.append(&mut entry.remounting);
+            entry.refreshes.asked.count(now);
+            entry.waiting.root_asks = false;
+            entry.waiting.refreshing.append(&mut entry.waiting.remounting);
         }
         if may_swap {
-            entry.refreshing.append(&mut entry.queueing);
+            entry.waiting.refreshing.append(&mut entry.waiting.queueing);
         }
-        aim.whole &= !entry.owed.has_left_lost();
-        let kept = entry.fingerprint;
+        aim.whole &= !entry.refreshes.owed.has_left_lost();
+        let kept = entry.refreshes.fingerprint;
         let above = self.active_above(name);
         self.spawn(name, Op::Refresh, async move |tools, errand| {
             match operation::refresh(tools, errand, aim, to, kept, mounted, above).await {
@@ -126,29 +126,29 @@ impl Engine {
         self.drain_watches_of(name);
         let now = Instant::now();
         let Some(entry) = self.entries.get_mut(name) else { return };
-        let unasked = entry.unasked.take();
+        let unasked = entry.refreshes.unasked.take();
         entry.mounted = report.mount;
-        let Some(mut aim) = entry.paying.take() else { return };
+        let Some(mut aim) = entry.refreshes.aim.take() else { return };
         if let Some(since) = unasked.filter(|_| aim.changes.unknown) {
-            entry.owed.looked_at_all(since, now);
+            entry.refreshes.owed.looked_at_all(since, now);
         }
         if report.outcome == Outcome::Swapped {
-            entry.owed.is_fresh();
+            entry.refreshes.owed.is_fresh();
         } else if !report.lost && swap::is_possible() {
-            entry.owed.leave_lost(&mut aim);
+            entry.refreshes.owed.leave_lost(&mut aim);
         }
-        let on_record = aim.whole && report.is_right() && !entry.owed.has_left_lost();
+        let on_record = aim.whole && report.is_right() && !entry.refreshes.owed.has_left_lost();
         // What has changed again since then is the next one's. A fresh view is wrong of nothing else.
-        let is_fresh = report.outcome == Outcome::Swapped && entry.owed.has_seen_anything();
-        report.still_stale.retain(|stale| !is_fresh && !entry.owed.has_seen(&stale.name));
+        let is_fresh = report.outcome == Outcome::Swapped && entry.refreshes.owed.has_seen_anything();
+        report.still_stale.retain(|stale| !is_fresh && !entry.refreshes.owed.has_seen(&stale.name));
         // Whoever waits is answered before anything is logged or published: it is Nix that waits.
-        let mut asked = std::mem::take(&mut entry.refreshing);
+        let mut asked = std::mem::take(&mut entry.waiting.refreshing);
         if report.is_right() {
             answer(asked, &Ok(()));
-            entry.owed.is_right();
+            entry.refreshes.owed.is_right();
             entry.clear(&[Problem::RefreshFailed]);
             if on_record {
-                entry.fingerprint = Some(report.fingerprint);
+                entry.refreshes.fingerprint = Some(report.fingerprint);
                 entry.whereabouts.lower_is_right();
             }
             if aim.whole {
@@ -166,13 +166,13 @@ impl Engine {
                     "used by a process until whose end, before Linux 6.5, nothing cures them"
                 };
                 let message = format!("{} of its paths, {after}: {}", report.still_stale.len(), named.join("; "));
-                let pause = entry.owed.put_off(stale, now);
+                let pause = entry.refreshes.owed.put_off(stale, now);
                 answer(asked, &Err(Error::Stale(name.clone(), message.clone())));
                 entry.problem(Problem::Stale, format!("{message}; it is tried again after {} s", pause.as_secs()));
             } else if self.tools.left.count(name) >= LEFT {
-                let pause = entry.owed.put_off(stale, now).as_secs();
+                let pause = entry.refreshes.owed.put_off(stale, now).as_secs();
                 answer(
-                    asked.into_iter().chain(std::mem::take(&mut entry.queueing)),
+                    asked.into_iter().chain(std::mem::take(&mut entry.waiting.queueing)),
                     &Err(Error::Held(name.clone(), LEFT)),
                 );
                 let message = format!(
@@ -182,9 +182,9 @@ impl Engine {
                 entry.problem(Problem::Stale, message);
             } else {
                 // Nobody is refused for this: the wait is shorter than the hook's patience, and one swap is for all who wait.
-                entry.queueing.append(&mut asked);
-                let turn = entry.swaps.next(now).unwrap_or(now);
-                entry.owed.demand(stale, Rung::Reconfigure, turn);
+                entry.waiting.queueing.append(&mut asked);
+                let turn = entry.refreshes.swaps.next(now).unwrap_or(now);
+                entry.refreshes.owed.demand(stale, Rung::Reconfigure, turn);
                 let apart = SWAPS_APART.as_secs();
                 // Without the names: they may be others each time, and each time would be a line of the journal.
                 let message =
@@ -197,15 +197,15 @@ impl Engine {
             Outcome::Reconfigured => ("reconfigured", Rung::Reconfigure),
             Outcome::Swapped => ("swapped", Rung::Swap),
         };
-        entry.refreshed(how, report.probed, now);
+        entry.refreshes.done(name, how, report.probed, now);
         self.refresh_above(name, &aim.changes, above);
     }
 
     /// Has a mount that was swapped out retired. Nobody waits for this, so that it may take as long as it needs.
     pub(super) fn is_swapped_out(&mut self, name: &StoreName, old: OldMount) {
         let Some(entry) = self.entries.get_mut(name) else { return };
-        entry.swap_count += 1;
-        entry.swaps.count(Instant::now());
+        entry.refreshes.swap_count += 1;
+        entry.refreshes.swaps.count(Instant::now());
         let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
         self.retirements.add(name.clone(), old, errand);
     }
@@ -213,14 +213,14 @@ impl Engine {
     pub(super) fn has_glanced(&mut self, name: &StoreName, result: &Result<bool, OperationError>) {
         let now = Instant::now();
         let Some(entry) = self.entries.get_mut(name) else { return };
-        entry.unasked = None;
-        let Some(aim) = entry.paying.take() else { return };
+        entry.refreshes.unasked = None;
+        let Some(aim) = entry.refreshes.aim.take() else { return };
         if let Some(due) = aim.glance {
-            entry.owed.glanced(due, now);
+            entry.refreshes.owed.glanced(due, now);
         }
         // What fails is said by the second look.
         if matches!(result, Ok(true)) {
-            entry.refreshed("reconfigured", aim.changes.names.len(), now);
+            entry.refreshes.done(name, "reconfigured", aim.changes.names.len(), now);
             self.refresh_above(name, &aim.changes, Rung::Reconfigure);
         }
     }
@@ -229,29 +229,29 @@ impl Engine {
     fn refresh_above(&mut self, name: &StoreName, changes: &Changes, from: Rung) {
         let now = Instant::now();
         for entry in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
-            entry.owed.demand(changes.clone(), from, now);
+            entry.refreshes.owed.demand(changes.clone(), from, now);
         }
     }
 
     pub(super) fn is_not_refreshed(&mut self, name: &StoreName, error: &OperationError) {
         let now = Instant::now();
         let Some(entry) = self.entries.get_mut(name) else { return };
-        entry.unasked = None;
+        entry.refreshes.unasked = None;
         // It may be another one by now.
         entry.mounted = None;
-        let Some(aim) = entry.paying.take() else { return };
+        let Some(aim) = entry.refreshes.aim.take() else { return };
         // A swap that failed has made a superblock as well.
         if matches!(error, OperationError::Refresh(RefreshError::Swap(_))) {
-            entry.swaps.count(now);
+            entry.refreshes.swaps.count(now);
         }
         let message = match entry.whereabouts.lower_cover() {
             Some(cover) => format!("{error}; {cover}"),
             None => error.to_string(),
         };
-        entry.owed.put_off(aim.changes, now);
+        entry.refreshes.owed.put_off(aim.changes, now);
         entry.problem(Problem::RefreshFailed, message.clone());
         let failed = Err(Error::RefreshFailed(name.clone(), message));
-        answer(std::mem::take(&mut entry.refreshing), &failed);
+        answer(std::mem::take(&mut entry.waiting.refreshing), &failed);
     }
 
     /// Has somebody look whether a store still belongs to whom it should. Nothing waits for the answer.

@@ -6,7 +6,7 @@ use layered_stores_overlay::{
     remove::{self, RemoveError},
 };
 
-use super::{Engine, outcome::Done};
+use super::{Engine, done::Done};
 use crate::supervisor::{
     Error,
     entry::{Entry, Op, Reply, answer},
@@ -38,7 +38,7 @@ impl Engine {
         // What an earlier removal has not come to goes as well: the store may not have been declared then.
         let own = self.own_directory(&name).ok();
         let Some(entry) = self.entries.get_mut(&name) else { return };
-        entry.removing.push(reply);
+        entry.waiting.removing.push(reply);
         if entry.op == Some(Op::Remove) {
             return;
         }
@@ -138,6 +138,6 @@ impl Engine {
             // That may have been what was wrong with it.
             entry.try_again();
         }
-        answer(std::mem::take(&mut entry.removing), &result);
+        answer(std::mem::take(&mut entry.waiting.removing), &result);
     }
 }

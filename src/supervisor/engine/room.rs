@@ -6,7 +6,7 @@ use layered_stores_model::StoreName;
 use layered_stores_overlay::room::Room;
 use tokio::time::Instant;
 
-use super::{Engine, outcome::Done};
+use super::{Engine, done::Done};
 use crate::supervisor::{
     entry::Entry,
     operation::{self, OperationError},

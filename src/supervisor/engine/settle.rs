@@ -13,7 +13,7 @@ use crate::supervisor::entry::Entry;
 pub(super) fn arrive(entries: &mut BTreeMap<StoreName, Entry>) {
     // A store that waits for the one on top of it to become free has been given up on for now as well. Which ones that are is
     // found out once for all: this is called at each look at the mount table, of which there are many while many come up.
-    let waits = |entry: &&Entry| entry.retry_at.is_some() || entry.stuck.is_some();
+    let waits = |entry: &&Entry| entry.retries.due().is_some() || entry.stuck.is_some();
     let above: Vec<_> = entries.values().filter(waits).map(|entry| Arc::clone(&entry.spec)).collect();
     let blocked: HashSet<_> = above.iter().filter_map(|spec| spec.lower_name()).collect();
     for entry in entries.values_mut().filter(|entry| !entry.reached) {
@@ -45,7 +45,8 @@ mod tests {
     }
 
     fn is_up(entry: &mut Entry) {
-        (entry.phase, entry.served, entry.op) = (Phase::Active, Some(None), None);
+        entry.serving.made(None, tokio::time::Instant::now());
+        (entry.phase, entry.op) = (Phase::Active, None);
     }
 
     #[test]

@@ -46,8 +46,7 @@ impl Engine {
         let now = Instant::now();
         let mut failed = Vec::new();
         for (name, entry) in &mut self.entries {
-            let is_served = matches!(entry.served, Some(Some(_)))
-                && entry.served_at.is_some_and(|at| at < asked)
+            let is_served = entry.serving.had_daemon_at(asked)
                 && entry.phase == Phase::Active
                 && entry.want == Want::Up
                 && entry.next.is_none()
@@ -62,8 +61,7 @@ impl Engine {
                 Some(SocketState::Stopped) | None => "somebody has stopped its socket".to_owned(),
             };
             if is_served {
-                entry.served = None;
-                entry.serve_later(now);
+                entry.serving.failed(now);
                 entry.problem(Problem::DaemonFailed, format!("its Nix daemon: {why}; it is started again"));
                 failed.push(name.clone());
             }

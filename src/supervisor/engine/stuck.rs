@@ -55,11 +55,11 @@ fn stick(entry: &mut Entry, spot: Spot, tools: &Tools) {
     entry.stuck = Some(message.clone());
     entry.problem(Problem::Stuck, message.clone());
     let name: StoreName = entry.spec.name.clone();
-    if !entry.stopping.is_empty() && entry.want == Want::Down && entry.op != Some(Op::Stop) {
+    if !entry.waiting.stopping.is_empty() && entry.want == Want::Down && entry.op != Some(Op::Stop) {
         // A stop that is refused has no effect, now or later.
         entry.want(Want::Up);
     }
-    entry.answer_all(&Error::Stuck(name, message));
+    entry.waiting.answer_all(&Error::Stuck(name, message));
 }
 
 fn go_on(entry: &mut Entry, now: Instant) {
@@ -69,7 +69,7 @@ fn go_on(entry: &mut Entry, now: Instant) {
     entry.clear(&[Problem::Stuck]);
     if entry.phase == Phase::Active {
         // Whoever has asked for a refresh meanwhile was sent away.
-        entry.owed.demand(Changes::default(), Rung::Reconfigure, now);
+        entry.refreshes.owed.demand(Changes::default(), Rung::Reconfigure, now);
     }
 }
 

@@ -57,7 +57,7 @@ impl Engine {
         entry.forget_ended();
         if let Done::Verified(result) = done {
             let result = result.map_err(|error| Error::RefreshFailed(name.clone(), error.to_string()));
-            answer(entry.verifying.end(), &result);
+            answer(entry.waiting.verifying.end(), &result);
             self.verify(name);
             return;
         }
@@ -86,7 +86,7 @@ impl Engine {
                 entry.fail(error.problem(), error.to_string());
                 entry.retry_later(now);
                 let failed = Err(Error::StartFailed(name.clone(), error.to_string()));
-                answer(std::mem::take(&mut entry.starting), &failed);
+                answer(std::mem::take(&mut entry.waiting.starting), &failed);
             }
             Done::Stopped(Ok(())) => {
                 tracing::info!(store = %name, "{name}: stopped");
@@ -97,7 +97,7 @@ impl Engine {
                 tracing::info!(store = %name, "{name}: a swap that was interrupted is finished");
                 let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
                 self.retirements.add(name.clone(), old, errand);
-                entry.owed.demand(Changes::unknown(), Rung::Probe, now);
+                entry.refreshes.owed.demand(Changes::unknown(), Rung::Probe, now);
             }
             Done::SwapFinished(Err(error)) => {
                 entry.fail(Problem::RefreshFailed, error.to_string());
@@ -119,13 +119,11 @@ impl Engine {
             Done::Held(result) => self.is_held(name, result),
             Done::Served(service, result) => match result {
                 Ok(()) => {
-                    entry.served = Some(service);
-                    entry.served_at = Some(now);
+                    entry.serving.made(service, now);
                     entry.clear(&[Problem::DaemonFailed]);
                 }
                 Err(error) => {
-                    entry.served = None;
-                    entry.serve_later(now);
+                    entry.serving.failed(now);
                     entry.problem(Problem::DaemonFailed, format!("its Nix daemon: {error}; it is tried again"));
                 }
             },
@@ -151,9 +149,9 @@ impl Engine {
         entry.rooms.begins_with(name, wrong, Instant::now());
         entry.look_at_room();
         entry.belongs_to(up.owner_uid);
-        entry.served = (!up.served).then_some(None);
+        entry.serving.found(up.served);
         if !up.changes.is_empty() {
-            entry.owed.demand(up.changes, Rung::Probe, Instant::now());
+            entry.refreshes.owed.demand(up.changes, Rung::Probe, Instant::now());
         }
         self.is_held(name, Ok(up.held));
         for above in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
@@ -164,8 +162,8 @@ impl Engine {
     pub(super) fn is_busy(&mut self, name: &StoreName, why: &str) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         // systemd has stopped the socket on the way.
-        entry.served = entry.served.take().filter(Option::is_none);
-        let asked = std::mem::take(&mut entry.stopping);
+        entry.serving.disturbed();
+        let asked = std::mem::take(&mut entry.waiting.stopping);
         if !asked.is_empty() && entry.want == Want::Down {
             // All or nothing: it stays up and looked after.
             entry.want(Want::Up);
@@ -196,8 +194,8 @@ impl Engine {
             // Declared again in the meantime: it stays.
             Release::Forget if entry.want != Want::Gone => entry.down(),
             Release::Forget => {
-                answer(std::mem::take(&mut entry.stopping), &Ok(()));
-                entry.answer_all(&Error::NoSuchStore(name.to_string()));
+                answer(std::mem::take(&mut entry.waiting.stopping), &Ok(()));
+                entry.waiting.answer_all(&Error::NoSuchStore(name.to_string()));
                 let upper = &entry.spec.layers.upper;
                 if is_whole {
                     tracing::info!(store = %name, "{name}: forgotten; its data stays in {upper}");

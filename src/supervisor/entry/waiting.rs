@@ -1,0 +1,67 @@
+//! Those who wait for something of a store.
+
+use layered_stores_model::StoreName;
+use layered_stores_overlay::probe::Stale;
+use tokio::sync::oneshot;
+
+use crate::supervisor::{Error, askers::Askers};
+
+/// Where the answer to a command goes.
+pub(in crate::supervisor) type Reply<T = ()> = oneshot::Sender<Result<T, Error>>;
+
+/// Sends the same answer to all; whoever went away in the meantime misses it.
+pub(in crate::supervisor) fn answer<T: Clone>(waiting: impl IntoIterator<Item = Reply<T>>, result: &Result<T, Error>) {
+    for reply in waiting {
+        let _ = reply.send(result.clone());
+    }
+}
+
+/// Those who wait for something of a store.
+#[derive(Debug, Default)]
+pub(in crate::supervisor) struct Waiting {
+    pub(in crate::supervisor) starting: Vec<Reply>,
+    pub(in crate::supervisor) stopping: Vec<Reply>,
+    /// Until what is in it is removed.
+    pub(in crate::supervisor) removing: Vec<Reply>,
+    /// For a refresh that has not begun, and for the one that has.
+    pub(in crate::supervisor) remounting: Vec<Reply>,
+    pub(in crate::supervisor) refreshing: Vec<Reply>,
+    /// Root is among the first of these.
+    pub(in crate::supervisor) root_asks: bool,
+    /// For a refresh, before it is known whose store it is.
+    pub(in crate::supervisor) unproven: Vec<(u32, Reply)>,
+    /// Until there may be another swap.
+    pub(in crate::supervisor) queueing: Vec<Reply>,
+    /// For a look at all paths.
+    pub(in crate::supervisor) verifying: Askers<Vec<Stale>>,
+}
+
+impl Waiting {
+    /// Lets those wait for a refresh whose store it turns out to be, and sends the others away.
+    pub(super) fn belongs_to(&mut self, name: &StoreName, owner_uid: u32) {
+        for (uid, reply) in std::mem::take(&mut self.unproven) {
+            if uid == owner_uid {
+                self.remounting.push(reply);
+            } else {
+                let _ = reply.send(Err(Error::NotOwner(name.clone())));
+            }
+        }
+    }
+
+    /// Those who wait for a refresh that has not begun.
+    pub(in crate::supervisor) fn all_remounting(&mut self) -> Vec<Reply> {
+        self.root_asks = false;
+        let mut all = std::mem::take(&mut self.remounting);
+        all.append(&mut self.queueing);
+        all.extend(self.unproven.drain(..).map(|(_, reply)| reply));
+        all
+    }
+
+    /// Answers everybody with an error.
+    pub(in crate::supervisor) fn answer_all(&mut self, error: &Error) {
+        let waiting = [&mut self.starting, &mut self.stopping, &mut self.removing, &mut self.refreshing];
+        answer(waiting.into_iter().flat_map(std::mem::take), &Err(error.clone()));
+        answer(self.verifying.all(), &Err(error.clone()));
+        answer(self.all_remounting(), &Err(error.clone()));
+    }
+}
