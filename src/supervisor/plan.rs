@@ -60,6 +60,8 @@ pub(super) struct View<'a> {
     pub repair: bool,
     /// An operation that failed may be tried again now.
     pub retry: bool,
+    /// Its Nix daemon, or that it has none, is to be seen to.
+    pub serve: bool,
 }
 
 /// What to do next.
@@ -78,6 +80,8 @@ pub(super) enum Step {
     Adopt,
     /// Take the upper of two mounts away, which an interrupted swap left.
     FinishSwap,
+    /// Have its Nix daemon be what is declared.
+    Serve,
     /// Take it down.
     Stop,
     /// Put the waiting specification in force.
@@ -145,6 +149,7 @@ pub(super) fn plan(view: &View<'_>) -> Step {
             if view.ours && view.retry && !view.carries { Step::Stop } else { Step::Rest }
         }
         (false, mount @ MountState::Mounted { .. }) => match view.phase {
+            Phase::Active if view.serve => Step::Serve,
             Phase::Active => Step::Rest,
             Phase::Failed { seen } if seen == mount && !view.retry => Step::Rest,
             _ if view.lower == Lower::Pending => Step::Rest,
@@ -199,18 +204,19 @@ mod tests {
                 Just(Lower::Unavailable)
             ],
             mut respecify in any::<bool>(),
-            (carries, mut ours, repair, retry) in any::<(bool, bool, bool, bool)>(),
+            (carries, mut ours, repair, retry, mut serve) in any::<(bool, bool, bool, bool, bool)>(),
         ) {
             let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None };
             for _ in 0..8 {
-                let view = View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry };
+                let view =
+                    View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry, serve };
                 match plan(&view) {
                     Step::Rest => {
                         let up = matches!(mount, MountState::Mounted { .. });
                         let failed = matches!(phase, Phase::Failed { .. });
                         match want {
                             Want::Up if !respecify => {
-                                let active = up && phase == Phase::Active;
+                                let active = up && phase == Phase::Active && (!serve || lower == Lower::Leaving);
                                 prop_assert!(active || failed || lower != Lower::Ready);
                             }
                             Want::Down if !respecify => prop_assert!(!up || failed || carries || !retry),
@@ -232,6 +238,10 @@ mod tests {
                     }
                     Step::Adopt => phase = Phase::Active,
                     Step::FinishSwap => mount = mounted.clone(),
+                    Step::Serve => {
+                        prop_assert!(want == Want::Up && phase == Phase::Active && mount == mounted, "only a store that is up");
+                        serve = false;
+                    }
                     Step::Stop => {
                         prop_assert!(ours && !carries, "never unmount what is not ours or is stood on");
                         (mount, phase) = (MountState::Absent, Phase::Inactive);
@@ -258,6 +268,7 @@ mod tests {
             ours: true,
             repair: true,
             retry: true,
+            serve: false,
         };
         let failed = Phase::Failed { seen: covered.clone() };
         for (what, view, step) in [
@@ -272,6 +283,11 @@ mod tests {
                 "a mount that vanishes all the time is not",
                 View { phase: &Phase::Active, repair: false, ..base.clone() },
                 Step::Fail(Failure::MountLost),
+            ),
+            (
+                "a store that is up has its Nix daemon seen to",
+                View { mount: &mounted, phase: &Phase::Active, serve: true, ..base.clone() },
+                Step::Serve,
             ),
             ("a store waits for the one underneath", View { lower: Lower::Pending, ..base.clone() }, Step::Rest),
             (

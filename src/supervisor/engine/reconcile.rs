@@ -114,12 +114,6 @@ impl Engine {
             return false;
         }
         let Some(entry) = self.entries.get(name) else { return false };
-        if entry.want == Want::Up && entry.is_to_be_served() && matches!(entry.mount, MountState::Mounted { .. }) {
-            self.spawn(name, Op::Serve, async move |tools, errand| {
-                Done::Served(errand.spec.service(), nix_daemon::serve(tools, errand).await)
-            });
-            return false;
-        }
         let lower = if entry.phase != Phase::Active && self.is_occupied(entry) {
             Lower::Pending
         } else {
@@ -136,6 +130,7 @@ impl Engine {
             ours: !(goes_down || lower == Lower::Leaving) || mount_unit::is_ours(&entry.spec.mount_unit),
             repair: entry.retries.may_repair(now),
             retry: entry.retries.is_allowed(),
+            serve: entry.is_to_be_served(),
             phase: &entry.phase,
             mount: &entry.mount,
         };
@@ -176,6 +171,12 @@ impl Engine {
                 let differ = matches!(entry.mount, MountState::Mounted { flags: Some(_), .. });
                 self.spawn(name, Op::Adopt, async move |tools, errand| {
                     Done::Up(operation::adopt(tools, errand, locked, differ).await)
+                });
+                false
+            }
+            Step::Serve => {
+                self.spawn(name, Op::Serve, async move |tools, errand| {
+                    Done::Served(errand.spec.service(), nix_daemon::serve(tools, errand).await)
                 });
                 false
             }
