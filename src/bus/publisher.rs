@@ -11,15 +11,10 @@ use zbus::{
     Connection, fdo,
     names::InterfaceName,
     object_server::{Interface as _, SignalEmitter},
-    wire::Variant,
+    wire::{OwnedVariant, Variant},
 };
 
-use super::{
-    Connections,
-    authorization::Authorization,
-    manager::Manager,
-    store::{Store, problems},
-};
+use super::{Connections, authorization::Authorization, manager::Manager, store::Store};
 use crate::supervisor::{Event, Handle, Status, StatusCell};
 
 /// Serves the manager and the stores.
@@ -88,46 +83,28 @@ impl Publisher {
     /// When the connection is lost.
     pub async fn flush(&mut self) -> zbus::Result<()> {
         for (name, (old, cell)) in std::mem::take(&mut self.changed) {
-            let changed = cell.read(|new| difference(&old, new));
+            let emitter = SignalEmitter::new(&self.connection, store_path(&name))?;
+            let old = self.properties(StatusCell::new(*old), &emitter).await?;
+            let mut changed = self.properties(cell, &emitter).await?;
+            changed.retain(|property, value| old.get(property) != Some(value));
             if !changed.is_empty() {
-                let emitter = SignalEmitter::new(&self.connection, store_path(&name))?;
+                let (names, values): (Vec<String>, Vec<OwnedVariant>) = changed.into_iter().unzip();
+                let changed = names.iter().map(String::as_str).zip(values.into_iter().map(Variant::from)).collect();
                 let interface: InterfaceName<'_> = Store::name();
                 fdo::Properties::properties_changed(&emitter, interface, changed, Cow::Borrowed(&[])).await?;
             }
         }
         Ok(())
     }
-}
 
-/// The properties that differ, with their new values.
-fn difference(old: &Status, new: &Status) -> HashMap<&'static str, Variant<'static>> {
-    let old: HashMap<_, _> = changing_properties(old).into();
-    changing_properties(new).into_iter().filter(|(name, value)| old.get(name) != Some(value)).collect()
-}
-
-/// The properties that may change in a store's life.
-fn changing_properties(status: &Status) -> [(&'static str, Variant<'static>); 20] {
-    let spec = &status.spec;
-    [
-        ("State", Variant::from(status.state.to_string())),
-        ("StateReason", Variant::from(status.state_reason.clone())),
-        ("StateChangeUSec", Variant::from(status.state_change_usec)),
-        ("NextTryUSec", Variant::from(status.next_try_usec)),
-        ("Problems", Variant::from(problems(status))),
-        ("StoreUri", Variant::from(spec.uri())),
-        ("DaemonUri", Variant::from(spec.daemon_uri().unwrap_or_default())),
-        ("LowerStore", Variant::from(spec.lower_store.to_string())),
-        ("LowerStoreDir", Variant::from(spec.layers.lower.to_string())),
-        ("UpperLayer", Variant::from(spec.layers.upper.to_string())),
-        ("WorkDir", Variant::from(spec.layers.work.to_string())),
-        ("RealStoreDir", Variant::from(spec.layers.merged.to_string())),
-        ("MountUnit", Variant::from(spec.mount_unit.to_string())),
-        ("StateDir", Variant::from(spec.state_dir.to_string())),
-        ("Declared", Variant::from(status.declared)),
-        ("Required", Variant::from(spec.required)),
-        ("LastRefreshUSec", Variant::from(status.last_refresh_usec)),
-        ("LastRefresh", Variant::from(status.last_refresh.to_owned())),
-        ("RefreshCount", Variant::from(status.refresh_count)),
-        ("SwapCount", Variant::from(status.swap_count)),
-    ]
+    /// What whoever asks for all properties of a store of this status is told. What they differ in is what has changed.
+    async fn properties(
+        &self,
+        cell: StatusCell,
+        emitter: &SignalEmitter<'_>,
+    ) -> zbus::Result<HashMap<String, OwnedVariant>> {
+        let (handle, authorization) = (self.handle.clone(), self.authorization.clone());
+        let store = Store { cell, handle, authorization };
+        Ok(store.get_all(self.connection.object_server(), &self.connection, None, emitter).await?)
+    }
 }

@@ -26,7 +26,7 @@ impl Store {
 }
 
 /// The problems of a store as pairs of code and message.
-pub(super) fn problems(status: &Status) -> Vec<(String, String)> {
+fn problems(status: &Status) -> Vec<(String, String)> {
     status.problems.iter().map(|(problem, message)| (problem.code().to_owned(), message.clone())).collect()
 }
 

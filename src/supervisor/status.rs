@@ -170,7 +170,8 @@ impl Status {
 pub struct StatusCell(Arc<RwLock<Status>>);
 
 impl StatusCell {
-    pub(super) fn new(status: Status) -> Self {
+    /// A status of its own.
+    pub(crate) fn new(status: Status) -> Self {
         Self(Arc::new(RwLock::new(status)))
     }
 
