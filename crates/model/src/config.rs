@@ -760,10 +760,38 @@ mod tests {
     }
 
     proptest! {
-        /// No text makes the reader panic, and what it accepts it accepts again.
+        /// Whatever is written: it is read as it is written, or refused where it is written, with its name.
         #[test]
-        fn any_text_is_read_or_refused(text in "(\\[stores\\.[a-z-]{1,3}\\]\n(lower-store|root|mode) = \"?[a-z/:.0-9é]{0,6}\"?\n){0,3}") {
-            prop_assert_eq!(parse(&text, &defaults(), Keys::Alone), parse(&text, &defaults(), Keys::Alone));
+        fn what_is_written_is_read_or_refused_where_it_stands(
+            stores in prop::collection::btree_map(
+                "[a-z][a-z-]{0,2}|-[a-zé]",
+                ("(/[a-z.]{1,3}){1,2}|daemon|[a-zé:]{0,3}", "0?[1-7][0-7]{0,2}|[0-9]{0,5}"),
+                0..3,
+            ),
+        ) {
+            let mut text = String::new();
+            for (name, (lower, mode)) in &stores {
+                text += &format!("[stores.\"{name}\"]\nlower-store = \"{lower}\"\nmode = \"{mode}\"\n");
+            }
+            match parse(&text, &defaults(), Keys::Alone) {
+                Ok(config) => {
+                    prop_assert_eq!(config.stores.len(), stores.len());
+                    for spec in config.stores {
+                        let (lower, mode) = &stores[spec.name.as_str()];
+                        prop_assert_eq!(&spec.lower_store.to_string(), lower);
+                        prop_assert_eq!(spec.ownership.mode, u32::from_str_radix(mode, 8).ok());
+                    }
+                }
+                Err(mistakes) => {
+                    prop_assert!(!mistakes.is_empty());
+                    for mistake in mistakes {
+                        let Some(line) = text.lines().nth(mistake.line - 1) else { panic!("there is no line {}", mistake.line) };
+                        let value = mistake.value.unwrap_or_default();
+                        prop_assert!(line.contains(&value), "{value:?} is not in {line:?}");
+                        prop_assert!(mistake.store.is_some_and(|store| stores.contains_key(&store)), "{}", mistake.message);
+                    }
+                }
+            }
         }
     }
 

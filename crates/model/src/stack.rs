@@ -519,7 +519,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is declared: each store is resolved once, after the one it lies on, or there is a conflict.
+        /// Whatever is declared: if each store lies on one that is no layered store, or on one that does, all are resolved, after
+        /// those they lie on; else there is a conflict.
         #[test]
         fn stacks_are_ordered_and_bounded(lowers in prop::collection::vec(0usize..9, 0..8)) {
             let declarations: Vec<_> = lowers
@@ -530,15 +531,21 @@ mod tests {
                     declare(&format!("s{i}"), &lower)
                 })
                 .collect();
-            if let Ok(specs) = stack(declarations.clone(), &hook()) {
-                prop_assert_eq!(specs.len(), declarations.len());
-                for (i, spec) in specs.iter().enumerate() {
-                    if let Some(lower) = spec.lower_name() {
-                        let below = specs[..i].iter().find(|s| &s.name == lower);
-                        prop_assert!(below.is_some_and(|s| s.lower_name().is_none()));
-                    }
+            let lies_on = |store: usize| lowers.get(lowers[store]).map(|_| lowers[store]);
+            // One that is not declared is nobody, too.
+            let stands = |store: usize| match (lowers[store], lies_on(store)) {
+                (8, _) => true,
+                (_, Some(lower)) => lowers[lower] == 8,
+                (_, None) => false,
+            };
+            let resolved = stack(declarations.clone(), &hook());
+            prop_assert_eq!(resolved.is_ok(), (0..lowers.len()).all(stands), "{:?}", resolved);
+            for (i, spec) in resolved.iter().flatten().enumerate() {
+                if let Some(lower) = spec.lower_name() {
+                    prop_assert!(resolved.iter().flatten().take(i).any(|below| below.name == *lower));
                 }
             }
+            prop_assert!(resolved.is_err() || resolved.iter().flatten().count() == declarations.len());
         }
     }
 }
