@@ -3,6 +3,7 @@
 
 pub mod bus;
 pub mod cli;
+mod file;
 pub mod supervisor;
 pub mod systemd;
 pub mod varlink;

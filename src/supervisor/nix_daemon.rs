@@ -5,9 +5,7 @@
 //! with and whom it is for, so that a daemon of ours that starts again finds out whether anything has changed.
 
 use std::{
-    fs, io,
-    io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -22,7 +20,10 @@ use super::{
     operation::{OperationError, Tools},
     threads::Errand,
 };
-use crate::systemd::{SocketError, nix_daemon_unit};
+use crate::{
+    file::{FOR_ROOT, replace},
+    systemd::{SocketError, nix_daemon_unit},
+};
 
 /// The directory of what a store's Nix daemon needs.
 pub(super) fn directory(runtime: &Path, name: &StoreName) -> PathBuf {
@@ -84,7 +85,11 @@ async fn make(tools: Tools, errand: &Errand) -> Result<(), OperationError> {
     }
     if there.as_ref() != Some(&text) {
         let was_as = there.as_deref().and_then(user_of);
-        errand.run(move || write(&file, &text).map_err(|source| OperationError::NixConf { file, source })).await?;
+        let write = move || {
+            // Settings may hold secrets such as access tokens.
+            replace(&file, text.as_bytes(), FOR_ROOT, false).map_err(|source| OperationError::NixConf { file, source })
+        };
+        errand.run(write).await?;
         if socket_was_same {
             tools.units.stop_nix_daemon(&spec.name).await?;
         }
@@ -115,14 +120,4 @@ fn text(daemon: &NixDaemon, spec: &StoreSpec, owner: u32) -> String {
     let (path, mode, unit) = (&daemon.socket_path, daemon.socket_mode, &spec.mount_unit);
     let head = format!("# socket {path} {mode:04o} {unit}\n{USER}{owner}\n");
     head + &daemon.nix_conf(&spec.uri(), owner == 0)
-}
-
-/// Settings may hold secrets such as access tokens, so nobody else reads them.
-fn write(file: &Path, text: &str) -> io::Result<()> {
-    fs::create_dir_all(file.parent().unwrap_or(Path::new("/")))?;
-    let temporary = file.with_extension("new");
-    let _ = fs::remove_file(&temporary);
-    let mut new = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    new.write_all(text.as_bytes())?;
-    fs::rename(&temporary, file)
 }

@@ -11,7 +11,6 @@
 use std::{
     collections::HashMap,
     fs, io,
-    io::Write as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -25,6 +24,7 @@ use layered_stores_overlay::{
 use serde::{Deserialize, Serialize};
 
 use super::nix_daemon;
+use crate::file::{FOR_ALL, UNFINISHED, replace};
 
 /// The directories of both kinds of records.
 #[derive(Clone, Debug)]
@@ -157,7 +157,7 @@ impl Records {
         let (mut records, mut unreadable) = (HashMap::new(), Vec::new());
         for entry in entries {
             let path = entry.map_err(list)?.path();
-            if path.extension().is_some_and(|extension| extension == NEW) {
+            if path.extension().is_some_and(|extension| extension == UNFINISHED) {
                 // A daemon was killed while it wrote this.
                 let _ = fs::remove_file(&path);
             }
@@ -340,7 +340,7 @@ impl Records {
     /// Keeps a fingerprint until the next boot. Losing it costs a look at every path, no more.
     pub(super) fn keep_fingerprint(&self, name: &StoreName, fingerprint: &Fingerprint) {
         let text = serde_json::to_vec(fingerprint).unwrap_or_default();
-        if let Err(error) = replace(&self.runtime_path(name), &text, false) {
+        if let Err(error) = replace(&self.runtime_path(name), &text, FOR_ALL, false) {
             tracing::warn!(store = %name, "{name}: its fingerprint cannot be kept: {error}");
         }
     }
@@ -389,31 +389,7 @@ fn keep(path: &Path, text: &serde_json::Result<Vec<u8>>, sync: bool) -> Result<(
     if fs::read(path).is_ok_and(|old| old == *text) {
         return Ok(());
     }
-    replace(path, text, sync).map_err(write)
-}
-
-/// How a file ends that is still being written.
-const NEW: &str = "new";
-
-/// Replaces a file in one step.
-fn replace(path: &Path, text: &[u8], sync: bool) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(dir)?;
-    let temporary = path.with_extension(NEW);
-    let write = || {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(text)?;
-        if sync {
-            file.sync_all()?;
-        }
-        fs::rename(&temporary, path)
-    };
-    // On a disk that is full, a name may be had and no room for what is in the file.
-    write().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
-    if sync {
-        fs::File::open(dir)?.sync_all()?;
-    }
-    Ok(())
+    replace(path, text, FOR_ALL, sync).map_err(write)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write as _},
+    io,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -13,6 +13,7 @@ use std::{
 use layered_stores_model::StoreName;
 
 use super::mount_unit::RUNTIME_UNITS;
+use crate::file::{FOR_ALL, replace};
 
 /// Not to be met by somebody else's drop-in: one of an instance hides those of the template that have the same name.
 const FILE: &str = "50-layered-stores-owner.conf";
@@ -51,11 +52,8 @@ pub fn write(store: &StoreName, uid: u32) -> io::Result<bool> {
     if fs::read(&file).is_ok_and(|old| old == text.as_bytes()) {
         return Ok(false);
     }
-    fs::create_dir_all(directory(store))?;
-    // systemd takes files that end in .conf.
-    let temporary = file.with_extension("new");
-    File::create(&temporary)?.write_all(text.as_bytes())?;
-    fs::rename(&temporary, &file)?;
+    // While it is written it does not end in .conf, and systemd does not take it.
+    replace(&file, text.as_bytes(), FOR_ALL, false)?;
     // As for a mount unit: systemd looks for new files when the directory's time is another than before.
     File::open(RUNTIME_UNITS)?.set_modified(SystemTime::now())?;
     Ok(true)
