@@ -441,14 +441,16 @@ mod tests {
             }
             take(&mut limits, &mut running, &mut open);
             // Whatever is answered, and however late: all that was not refused is let in.
-            while let Some((sender, serial)) = running.pop() {
-                limits.answered(&name(sender), NonZeroU32::new(serial).expect("not zero"), 100, now);
-                take(&mut limits, &mut running, &mut open);
-                if running.is_empty() && open > 0 {
+            loop {
+                if running.is_empty() {
+                    // What waits for its user's balance, and for nothing else.
                     now += Duration::from_secs(3600);
                     limits.tick(now);
                     take(&mut limits, &mut running, &mut open);
                 }
+                let Some((sender, serial)) = running.pop() else { break };
+                limits.answered(&name(sender), NonZeroU32::new(serial).expect("not zero"), 100, now);
+                take(&mut limits, &mut running, &mut open);
             }
             prop_assert_eq!((open, limits.running, limits.waiting_bytes, limits.unknown), (0, 0, 0, 0), "{}", refused);
         }
