@@ -2,9 +2,13 @@
 //!
 //! Each can be interrupted anywhere and made again. Parts that block run on [threads](super::threads).
 
-use std::{io, path::PathBuf, sync::Arc};
+mod error;
 
-use layered_stores_model::{AbsolutePath, MountUnitName, StoreName, StoreSpec};
+use std::{io, sync::Arc};
+
+pub(super) use error::OperationError;
+
+use layered_stores_model::{AbsolutePath, StoreName, StoreSpec};
 use layered_stores_overlay::{
     glance,
     holders::holders,
@@ -12,16 +16,16 @@ use layered_stores_overlay::{
     layers::{self, LayersError},
     left::Left,
     lock::UpperLock,
-    mount::{self, MountError},
+    mount,
     mountinfo::{MountState, MountTable},
     owner::{self, OwnerError},
     place::{MountId, Top},
     probe::{self, Stale},
     progress::{self, Spot},
     refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
-    remove::{self, RemoveError},
+    remove,
     room::{self, Room},
-    swap::{self, OldMount, SwapError},
+    swap::{self, OldMount},
     watch::{WatchError, Watches},
 };
 
@@ -29,10 +33,9 @@ use super::{
     nix_daemon,
     owed::Aim,
     record::Records,
-    status::Problem,
     threads::{Errand, Threads},
 };
-use crate::systemd::{Clear, FdStore, Seen, SocketError, UnitError, Units, mount_unit};
+use crate::systemd::{Clear, FdStore, Seen, UnitError, Units, mount_unit};
 
 /// What operations work with.
 #[derive(Clone, Debug)]
@@ -42,68 +45,6 @@ pub(super) struct Tools {
     pub(super) left: Arc<Left>,
     pub(super) records: Records,
     pub(super) threads: Threads,
-}
-
-/// An operation that did not come off. The message is what people read.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum OperationError {
-    #[error(transparent)]
-    Layers(#[from] LayersError),
-    #[error(transparent)]
-    Unit(#[from] UnitError),
-    #[error("cannot write the unit file of {unit}: {source}")]
-    UnitFile { unit: MountUnitName, source: io::Error },
-    #[error(transparent)]
-    Mount(#[from] MountError),
-    #[error("{}", in_use(.why, .holders))]
-    Unmount { why: String, holders: Vec<String> },
-    #[error(transparent)]
-    Record(#[from] super::record::RecordError),
-    #[error(transparent)]
-    Swap(#[from] SwapError),
-    #[error(transparent)]
-    Refresh(#[from] RefreshError),
-    #[error(transparent)]
-    Socket(#[from] SocketError),
-    #[error("cannot write {}: {source}", .file.display())]
-    NixConf { file: PathBuf, source: io::Error },
-    #[error("cannot write the drop-in of layered-stores-nix-daemon@{store}.service: {source}")]
-    NixDaemonUnit { store: StoreName, source: io::Error },
-    #[error(transparent)]
-    Remove(#[from] RemoveError),
-    #[error(transparent)]
-    Owner(#[from] OwnerError),
-    #[error("cannot read the mount table: {0}")]
-    MountTable(io::Error),
-    #[error(
-        "lower-store: the filesystem of {0} was taken away, and what is there now is empty; the store goes on with what it \
-         had; mount the lower store again, or name another"
-    )]
-    LowerTakenAway(AbsolutePath),
-    #[error("a mistake of layered-storesd, please report it: {0}")]
-    Panic(String),
-}
-
-impl OperationError {
-    /// What is wrong with a store that did not come up for it.
-    pub(super) fn problem(&self) -> Problem {
-        match self {
-            Self::Layers(
-                LayersError::Missing { .. }
-                | LayersError::Another { .. }
-                | LayersError::OfOther { .. }
-                | LayersError::OtherUpper { .. }
-                | LayersError::NoDatabase { .. }
-                | LayersError::Elsewhere { .. },
-            )
-            | Self::Mount(MountError::OtherUpper(_)) => Problem::UpperMissing,
-            _ => Problem::StartFailed,
-        }
-    }
-}
-
-fn in_use(why: &str, holders: &[String]) -> String {
-    if holders.is_empty() { why.to_owned() } else { format!("it is used by {}", holders.join(", ")) }
 }
 
 /// What is held of a store as long as it is up.
