@@ -8,6 +8,8 @@
 //! * `<runtime>/<name>.json` holds a [`Fingerprint`]. It is how a daemon that starts again knows without looking at every
 //!   path whether anything changed in the meantime.
 
+mod error;
+
 use std::{
     collections::HashMap,
     fs, io,
@@ -15,6 +17,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+pub use error::RecordError;
 use layered_stores_model::{StoreName, StoreSpec};
 use layered_stores_overlay::{
     identity::{Id, Mark, Marks},
@@ -35,49 +38,6 @@ pub(super) struct Records {
     /// What is on disk, as far as this run of the daemon has read or written it; `None` until it was read. The specifications are
     /// the engine's own.
     on_disk: Arc<Mutex<Option<HashMap<StoreName, Record>>>>,
-}
-
-/// What the daemon has to know about earlier runs, and to leave to later ones.
-#[derive(Debug, thiserror::Error)]
-pub enum RecordError {
-    /// It cannot be kept.
-    #[error("cannot write {path}: {source}; the daemon needs its state directory writable")]
-    Write {
-        /// The record.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// It cannot be removed.
-    #[error("cannot remove {path}: {source}; the next daemon finds it and tries again")]
-    Remove {
-        /// The record.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// One cannot be read.
-    #[error("cannot read {path}: {source}; it says by what the store's directories are known again; make it readable")]
-    Read {
-        /// The record.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The directory does not answer.
-    #[error("{0} has not answered yet, where it is kept which stores have been mounted")]
-    Silent(PathBuf),
-    /// The directory cannot be listed.
-    #[error(
-        "cannot read {path}: {source}; stores that were taken out of the configuration while the daemon was away would stay \
-         mounted and unseen; make it readable, or move it away if there are none"
-    )]
-    List {
-        /// The directory.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
 }
 
 /// What is kept of a store in the state directory.
