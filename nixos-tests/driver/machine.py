@@ -5,8 +5,10 @@ Names, arguments and behaviour are those of the NixOS test driver's machine
 different: loops poll faster, and messages carry the output of the command.
 """
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import tempfile
 import threading
@@ -138,6 +140,7 @@ class Machine:
         assert process.stderr is not None
         reader = threading.Thread(target=self._read_stderr, args=[process.stderr], daemon=True)
         reader.start()
+        threading.Thread(target=_keep_going, args=[process.pid], daemon=True).start()
         if process.stdout is None:
             return -2, ""
         with process.stdout:
@@ -366,3 +369,21 @@ class Machine:
     def nested(self, msg: str, attrs: dict[str, str] | None = None) -> AbstractContextManager[None]:
         """Groups lines of the log."""
         return self._log.nested(msg)
+
+
+def _keep_going(pid: int) -> None:
+    """Continues a command that is stopped, until it has ended.
+
+    systemd stops all processes before it ends them for a soft reboot, and nsenter(1) stops itself
+    with what it has started (util-linux, `continue_as_child`): nobody would continue it.
+    """
+    try:
+        while True:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+            if ended is None or ended.si_code != os.CLD_STOPPED:
+                return
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+            os.kill(pid, signal.SIGCONT)
+    except (ChildProcessError, ProcessLookupError):
+        # Somebody else has waited for it.
+        pass

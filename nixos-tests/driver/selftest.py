@@ -97,6 +97,10 @@ class OneMachine(unittest.TestCase):
         self.machine.succeed("sleep 1000 >/dev/null & echo started")
         self.assertLess(time.monotonic() - started, 2)
 
+    def test_a_command_that_is_stopped_goes_on(self) -> None:
+        # As all are on the way into a soft reboot.
+        self.assertEqual(self.machine.execute("kill -STOP $PPID; echo on", timeout=60), (0, "on\n"))
+
     def test_commands_are_inside_and_clean(self) -> None:
         m = self.machine
         self.assertEqual(m.succeed("hostname; pwd; echo $HOME"), "machine\n/tmp\n/root\n")
