@@ -7,7 +7,7 @@ use clap::Parser as _;
 use layered_stores::{
     bus::{Connections, Publisher},
     cli::args::DaemonArguments,
-    supervisor::{self, Command, Engine, Event, Handle, Settings},
+    supervisor::{self, Command, Engine, EngineError, Event, Handle, Host, Settings},
     systemd::Units,
     varlink,
 };
@@ -152,7 +152,8 @@ async fn serve(settings: Settings) -> Result<()> {
         );
     }
     let (events_sender, events) = mpsc::unbounded_channel();
-    let (engine, handle) = Engine::new(settings, config, units, events_sender).await?;
+    let host = Host::open(settings, units).await.map_err(EngineError::from)?;
+    let (engine, handle) = Engine::new(host, config, events_sender).await?;
 
     let mut publisher = Publisher::new(&connections, handle.clone()).await.context("cannot serve the bus")?;
     let stop = async move {

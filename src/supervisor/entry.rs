@@ -14,10 +14,9 @@ use std::{
 
 use layered_stores_model::{StoreSpec, printable};
 use layered_stores_overlay::{
-    lock::UpperLock,
     mountinfo::{MountState, MountTable},
     place::MountId,
-    progress::{Progress, Spot},
+    progress::Spot,
     refresh::{Changes, Rung},
 };
 pub(super) use refreshes::{LEFT, Refreshes, SWAPS_APART};
@@ -29,11 +28,12 @@ pub(super) use waiting::{Reply, Waiting, answer};
 use self::retries::{REPAIR_WINDOW, REPAIRS};
 use super::{
     Error,
+    machine::{Follow, Guard},
     operation::Up,
     plan::{Failure, Phase, Want},
     room::Rooms,
     status::{Problem, State, Status, StatusCell},
-    threads::{DEADLINE, Errand},
+    threads::DEADLINE,
     whereabouts::Whereabouts,
 };
 
@@ -73,7 +73,7 @@ pub(super) struct Entry {
     /// Why the phase is what it is.
     pub(super) reason: String,
     pub(super) mount: MountState,
-    pub(super) lock: Option<UpperLock>,
+    pub(super) lock: Option<Guard>,
     /// The mount that was made, taken over, or swapped in.
     pub(super) mounted: Option<MountId>,
     pub(super) op: Option<Op>,
@@ -91,7 +91,7 @@ pub(super) struct Entry {
     pub(super) owner_uid: u32,
     pub(super) cell: StatusCell,
     /// How far what is being done about it has come.
-    errands: Vec<Weak<Progress>>,
+    errands: Vec<Weak<dyn Follow>>,
     /// Why it counts as stuck, while it does.
     pub(super) stuck: Option<String>,
     pub(super) whereabouts: Whereabouts,
@@ -145,8 +145,8 @@ impl Entry {
     }
 
     /// Follows something that is done about it.
-    pub(super) fn follow(&mut self, errand: &Errand) {
-        self.errands.push(Arc::downgrade(&errand.progress));
+    pub(super) fn follow(&mut self, progress: &Arc<dyn Follow>) {
+        self.errands.push(Arc::downgrade(progress));
     }
 
     /// Follows no more what has come to its end. Nothing of a store at rest has to be looked at.
@@ -155,14 +155,14 @@ impl Entry {
     }
 
     /// What has not answered for the longest time, and since when.
-    pub(super) fn waits_for(&self) -> Option<(Spot, std::time::Instant)> {
-        self.errands.iter().filter_map(|progress| progress.upgrade()?.spot()).min_by_key(|(_, since)| *since)
+    pub(super) fn waits_for(&self) -> Option<(Spot, Instant)> {
+        self.errands.iter().filter_map(|progress| progress.upgrade()?.waits_for()).min_by_key(|(_, since)| *since)
     }
 
     /// When it is to be looked whether it is stuck, or still is.
     pub(super) fn stuck_due(&self) -> Option<Instant> {
         let (_, since) = self.waits_for()?;
-        Some((since + DEADLINE).into()).filter(|_| self.stuck.is_none())
+        Some(since + DEADLINE).filter(|_| self.stuck.is_none())
     }
 
     /// Changes what is wanted, which makes every earlier failure worth another try.

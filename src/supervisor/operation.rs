@@ -15,7 +15,6 @@ use layered_stores_overlay::{
     identity::{self, Id, Marks},
     layers::{self, LayersError},
     left::Left,
-    lock::UpperLock,
     mount,
     mountinfo::{MountState, MountTable},
     owner::{self, OwnerError},
@@ -25,11 +24,12 @@ use layered_stores_overlay::{
     refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
     remove,
     room::{self, Room},
-    swap::{self, OldMount},
+    swap::{self, OldMount, OldSuperblock},
     watch::{WatchError, Watches},
 };
 
 use super::{
+    machine::{Guard, Refreshing, SwappedOut},
     nix_daemon,
     owed::Aim,
     record::Records,
@@ -51,7 +51,7 @@ pub(super) struct Tools {
 #[derive(Debug, Default)]
 pub(super) struct Held {
     /// `None` if it was held before, or cannot be had.
-    pub(super) lock: Option<UpperLock>,
+    pub(super) lock: Option<Guard>,
     /// Set when changes of the layers will go unseen.
     pub(super) unwatched: Option<WatchError>,
     /// Set when what the next daemon is to find could not be written.
@@ -78,7 +78,7 @@ pub(super) struct Up {
 ///
 /// The mount is made here and not by systemd, which would run mount(8) for each. Of what systemd has to know, the unit file
 /// comes first: it is loaded when the mount shows up.
-pub(super) async fn start(tools: Tools, errand: Errand, lock: Option<UpperLock>) -> Result<Up, OperationError> {
+pub(super) async fn start(tools: Tools, errand: Errand, lock: Option<Guard>) -> Result<Up, OperationError> {
     let spec = &errand.spec;
     let unit = &spec.mount_unit;
     let prepare = {
@@ -124,7 +124,7 @@ pub(super) async fn start(tools: Tools, errand: Errand, lock: Option<UpperLock>)
             progress::at(Spot::Upper);
             let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
             let (served, room) = (is_served(&tools, &spec), room::look(&spec.layers));
-            let held = Held { lock: Some(lock), unwatched, unrecorded: None };
+            let held = Held { lock: Some(Box::new(lock)), unwatched, unrecorded: None };
             Ok(Up { held, mount, changes: Changes::default(), owner_uid, room, served })
         }
     };
@@ -190,7 +190,7 @@ fn take_hold(tools: &Tools, spec: &Arc<StoreSpec>, locked: bool) -> Result<Held,
     let mut held = Held::default();
     if !locked {
         match layers::lock(spec) {
-            Ok(lock) => held.lock = Some(lock),
+            Ok(lock) => held.lock = Some(Box::new(lock)),
             Err(error @ LayersError::Locked(_)) => return Err(error.into()),
             Err(error) => held.unrecorded = Some(error.into()),
         }
@@ -264,18 +264,13 @@ pub(super) async fn glance(errand: Errand, aim: Aim, mount: Option<MountId>) -> 
     errand.run(glance).await
 }
 
-/// Refreshes a store's merged view, going no further than `to`. `kept` is the fingerprint on record, if this run of the daemon
-/// has put it there; `mount` is the store's mount, if it is known; `above` are the stores that lie on it.
+/// Refreshes a store's merged view.
 pub(super) async fn refresh(
     tools: Tools,
     errand: Errand,
-    aim: Aim,
-    to: Rung,
-    kept: Option<Fingerprint>,
-    mount: Option<MountId>,
-    above: Vec<Arc<StoreSpec>>,
+    refreshing: Refreshing,
 ) -> Result<(Result<Report, OperationError>, Option<OldMount>), OperationError> {
-    let Aim { changes, from, whole, .. } = aim;
+    let Refreshing { aim: Aim { changes, from, whole, .. }, to, kept, mount, above } = refreshing;
     let looks_at_all = changes.unknown;
     let spec = Arc::clone(&errand.spec);
     let refresh = move || {
@@ -316,6 +311,26 @@ fn look(spec: &StoreSpec) -> Result<Fingerprint, RefreshError> {
 fn is_empty(dir: &AbsolutePath) -> bool {
     progress::at(Spot::Lower);
     std::fs::read_dir(dir.as_path()).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Has what was swapped out take no more writes.
+pub(super) async fn retire(errand: Errand, old: Arc<dyn SwappedOut>) -> Result<OldSuperblock, OperationError> {
+    let spec = Arc::clone(&errand.spec);
+    let retire = move || {
+        progress::at(Spot::Upper);
+        let retired = old.retire();
+        // Calls that were under way in the old superblock may have changed what the new one has looked at since.
+        // The store may have been stopped by now.
+        let _ = refresh::reconfigure_store(&spec.layers, None);
+        Ok(retired?)
+    };
+    errand.run(retire).await
+}
+
+/// Does so for one of a store that is not known any more.
+pub(super) async fn retire_unknown(old: Arc<dyn SwappedOut>) -> Result<OldSuperblock, OperationError> {
+    let retired = tokio::task::spawn_blocking(move || old.retire()).await;
+    Ok(retired.map_err(|error| OperationError::Panic(error.to_string()))??)
 }
 
 /// Which other store has a directory with a mark, and not where it should be. One that has is one that this is a copy of.
@@ -398,7 +413,7 @@ pub(super) async fn room(errand: Errand) -> Result<Room, OperationError> {
 pub(super) async fn remove(
     tools: Tools,
     errand: Errand,
-    lock: Option<UpperLock>,
+    lock: Option<Guard>,
     own: Option<AbsolutePath>,
 ) -> Result<(), OperationError> {
     let spec = Arc::clone(&errand.spec);

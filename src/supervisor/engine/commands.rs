@@ -7,17 +7,16 @@ use std::{
 
 use layered_stores_model::{
     Layers, StoreName, StoreSpec,
-    config::{self, Config, Keys},
+    config::{self, Config},
 };
 use layered_stores_overlay::mountinfo::MountState;
 use tokio::time::Instant;
 
-use super::{Engine, Settings, done::Done, number};
+use super::{Engine, done::Done, number};
 use crate::supervisor::{
     Error,
     entry::{Entry, Reply, answer},
     handle::{Asker, Command, Event},
-    operation,
     plan::{Phase, Want},
     status::Problem,
 };
@@ -79,17 +78,16 @@ impl Engine {
         if !entry.waiting.verifying.begin() {
             return;
         }
-        let (errand, mounted) = (self.tools.threads.errand(Arc::clone(&entry.spec)), entry.mounted);
-        entry.follow(&errand);
+        let begun = self.machine.verify(&entry.spec, entry.mounted);
+        entry.follow(&begun.progress);
         let name = name.clone();
-        self.operations.spawn(async move { (name, Done::Verified(operation::verify(errand, mounted).await)) });
+        self.operations.spawn(async move { (name, Done::Verified(begun.result.await)) });
     }
 
     /// Reads the configuration, if somebody waits for that and nobody does it.
     fn reload(&mut self) {
         if self.reloading.begin() {
-            let Settings { config, defaults, .. } = self.settings.clone();
-            self.loading.spawn_blocking(move || config::load(&config, &defaults, Keys::Alone));
+            self.loading.spawn(self.machine.configuration());
         }
     }
 

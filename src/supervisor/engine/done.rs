@@ -7,7 +7,6 @@ use layered_stores_overlay::{
     probe::Stale,
     refresh::{Changes, Report, Rung},
     room::Room,
-    swap::OldMount,
 };
 use tokio::time::Instant;
 
@@ -16,6 +15,7 @@ use crate::supervisor::{
     Error,
     entry::answer,
     handle::Event,
+    machine::SwappedOut,
     operation::{Held, OperationError, Up},
     plan::Want,
     status::Problem,
@@ -25,9 +25,9 @@ use crate::supervisor::{
 pub(super) enum Done {
     Up(Result<Up, OperationError>),
     Stopped(Result<(), OperationError>),
-    SwapFinished(Result<OldMount, OperationError>),
+    SwapFinished(Result<Arc<dyn SwappedOut>, OperationError>),
     Released(Result<(), OperationError>, Release),
-    Refreshed(Result<Report, OperationError>, Option<OldMount>),
+    Refreshed(Result<Report, OperationError>, Option<Arc<dyn SwappedOut>>),
     Glanced(Result<bool, OperationError>),
     Held(Result<Held, OperationError>),
     OwnerSeen(Option<String>),
@@ -95,8 +95,7 @@ impl Engine {
             Done::Stopped(Err(error)) => self.is_busy(name, &error.to_string()),
             Done::SwapFinished(Ok(old)) => {
                 tracing::info!(store = %name, "{name}: a swap that was interrupted is finished");
-                let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
-                self.retirements.add(name.clone(), old, errand);
+                self.retirements.add(name.clone(), old, Arc::clone(&entry.spec));
                 entry.refreshes.owed.demand(Changes::unknown(), Rung::Probe, now);
             }
             Done::SwapFinished(Err(error)) => {
@@ -145,7 +144,7 @@ impl Engine {
         tracing::info!(store = %name, adopted, "{name}: active, {how} at {}", entry.spec.layers.merged);
         entry.up();
         entry.mounted = up.mount;
-        let wrong = room::describe(&self.tools, entry, up.room);
+        let wrong = room::describe(&*self.machine, entry, up.room);
         entry.rooms.begins_with(name, wrong, Instant::now());
         entry.look_at_room();
         entry.belongs_to(up.owner_uid);

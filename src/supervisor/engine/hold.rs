@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{Engine, done::Done};
 use crate::supervisor::{
     entry::{Entry, Op},
-    operation::{self, Held, OperationError},
+    operation::{Held, OperationError},
     plan::Phase,
     status::Problem,
 };
@@ -28,9 +28,7 @@ impl Engine {
         let is_due = |entry: &&Entry| hold_at(entry).is_some_and(|at| at <= now);
         let due = self.entries.values().filter(is_due);
         for (name, locked) in due.map(|entry| (entry.spec.name.clone(), entry.lock.is_some())).collect::<Vec<_>>() {
-            self.spawn(&name, Op::Hold, async move |tools, errand| {
-                Done::Held(operation::hold(tools, errand, locked).await)
-            });
+            self.begin(&name, Op::Hold, |machine, spec| machine.hold(spec, locked), Done::Held);
         }
     }
 

@@ -14,40 +14,31 @@ mod stuck;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    os::fd::OwnedFd,
-    path::PathBuf,
     sync::{Arc, RwLock},
     time::Duration,
 };
 
 use done::Done;
+use layered_stores_model::{
+    AbsolutePath, StoreName,
+    config::{Config, ConfigError},
+};
+use layered_stores_overlay::refresh::Changes;
 use remove::Removing;
 use rustix::io::Errno;
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::mpsc,
-    task::JoinSet,
-    time::Instant,
-};
+use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
 use super::{
     Error,
     askers::Askers,
     entry::{Entry, Reply, answer},
     handle::{Command, Event, Handle, Registry},
-    mounts::MountMonitor,
-    operation::Tools,
+    machine::{Host, Machine},
     plan::{Phase, Want},
-    record::{Known, RecordError, Records},
+    record::{Known, RecordError},
     retirement::Retirements,
-    threads::{DEADLINE, Threads},
+    threads::DEADLINE,
 };
-use crate::systemd::{self, Units};
-use layered_stores_model::{
-    StoreName,
-    config::{self, Config, Defaults},
-};
-use layered_stores_overlay::{host, left::Left, refresh::Changes, watch::Watches};
 
 /// How long the engine gathers news before it looks at the mount table: with a thousand mounts, a look costs a
 /// millisecond, and in a burst of operations most of the looks would be in vain.
@@ -58,22 +49,11 @@ const BURST: usize = 8;
 /// How often it is told how far a start or a reload has come.
 const PROGRESS: Duration = Duration::from_millis(100);
 
-/// What a daemon is told when it starts.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// The configuration file.
-    pub config: PathBuf,
-    /// What the configuration's defaults are made from.
-    pub defaults: Defaults,
-    /// Where notes are kept until the next boot.
-    pub runtime_dir: PathBuf,
-}
-
 /// The engine itself.
 pub struct Engine {
-    settings: Settings,
-    tools: Tools,
-    mounts: MountMonitor,
+    machine: Arc<dyn Machine>,
+    /// Where stores keep what the configuration gives no place of its own.
+    state_dir: AbsolutePath,
     entries: BTreeMap<StoreName, Entry>,
     registry: Arc<RwLock<Registry>>,
     commands: mpsc::Receiver<Command>,
@@ -91,7 +71,7 @@ pub struct Engine {
     /// When to look whether what is stuck goes on.
     look_at_stuck: Option<Instant>,
     /// The configuration on its way.
-    loading: JoinSet<Result<Config, config::ConfigError>>,
+    loading: JoinSet<Result<Config, ConfigError>>,
     /// Those who wait for the configuration to be read, and then for its stores.
     reloading: Askers<()>,
     reload_applied: Vec<Reply>,
@@ -114,43 +94,46 @@ pub enum EngineError {
 }
 
 impl Engine {
-    /// Prepares the engine with a configuration that was checked.
+    /// Prepares the engine on the machine that the daemon runs on, with a configuration that was checked.
     ///
     /// # Errors
     /// [`EngineError`].
     pub async fn new(
-        settings: Settings,
+        host: Host,
         config: Config,
-        units: Units,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Result<(Self, Handle), EngineError> {
+        let state_dir = host.state_dir().clone();
+        Self::on(Arc::new(host), state_dir, config, events).await
+    }
+
+    /// Prepares it on any machine. Without a place of their own, stores are below `state_dir`.
+    pub(super) async fn on(
+        machine: Arc<dyn Machine>,
+        state_dir: AbsolutePath,
+        config: Config,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<(Self, Handle), EngineError> {
         let (sender, commands) = mpsc::channel(64);
         let registry = Arc::<RwLock<Registry>>::default();
-        let records = Records::new(settings.defaults.state_dir.as_path(), &settings.runtime_dir);
-        let records = records.since(units.soft_reboots());
-        let stores = settings.defaults.state_dir.join("stores").map_err(std::io::Error::other)?;
-        let (known, threads) = (records.clone(), Threads::new().await?);
-        let declared = config.stores.clone();
+        let stores = state_dir.join("stores").map_err(std::io::Error::other)?;
         let mut recalling = JoinSet::new();
-        recalling.spawn_blocking(move || known.known(&declared));
+        recalling.spawn(machine.recall(config.stores.clone()));
         // What does not answer by then keeps nobody from what lies elsewhere.
         let known = match tokio::time::timeout(DEADLINE, recalling.join_next()).await {
             Ok(known) => known.transpose().map_err(std::io::Error::other)?.transpose()?.unwrap_or_default(),
             Err(_) => Known::default(),
         };
-        let (watches, left) = (Arc::<Watches>::default(), Arc::<Left>::default());
-        let tools = Tools { units, watches, left, records, threads };
         let mut engine = Self {
-            settings,
-            tools,
-            mounts: MountMonitor::open().await?,
+            retirements: Retirements::new(Arc::clone(&machine)),
+            machine,
+            state_dir,
             entries: BTreeMap::new(),
             registry: Arc::clone(&registry),
             commands,
             events,
             operations: JoinSet::new(),
             removing: BTreeMap::new(),
-            retirements: Retirements::new(),
             look_at: None,
             unread: false,
             mounts_changed: true,
@@ -170,12 +153,12 @@ impl Engine {
             engine.add(spec, false);
         }
         engine.apply(config);
-        for (name, old) in systemd::left_over() {
-            let errand = engine.entries.get(&name).map(|entry| engine.tools.threads.errand(Arc::clone(&entry.spec)));
-            engine.retirements.take_over(name, old, errand);
+        for (name, old) in engine.machine.swapped_out() {
+            let spec = engine.entries.get(&name).map(|entry| Arc::clone(&entry.spec));
+            engine.retirements.take_over(name, old, spec);
         }
         engine.reconcile();
-        tokio::spawn(sockets::watch(engine.tools.units.clone(), sender.downgrade()));
+        tokio::spawn(engine.machine.watch_sockets(sender.downgrade()));
         Ok((engine, Handle::new(sender, registry, stores)))
     }
 
@@ -190,17 +173,13 @@ impl Engine {
         alive_every: Option<Duration>,
         alive: impl Fn(),
     ) -> std::io::Result<()> {
-        let watches = Arc::clone(&self.tools.watches);
-        let mut inotify = None;
+        let machine = Arc::clone(&self.machine);
         let mut tick = tokio::time::interval(alive_every.unwrap_or(Duration::from_secs(3600)) / 2);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut progress = tokio::time::interval(PROGRESS);
         progress.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tokio::pin!(stop);
         loop {
-            if let (None, Some(fd)) = (&inotify, watches.fd()) {
-                inotify = Some(host::readiness(fd.try_clone_to_owned()?, Interest::READABLE)?);
-            }
             let deadline = self.deadline();
             tokio::select! {
                 () = &mut stop => break,
@@ -227,12 +206,12 @@ impl Engine {
                 Some(recalled) = self.recalling.join_next() => {
                     self.recalled(recalled.map_err(std::io::Error::other)?.map_err(std::io::Error::other)?);
                 }
-                changed = self.mounts.changed() => {
+                changed = machine.mounts_changed() => {
                     changed?;
                     self.mounts_changed = true;
                     self.look_soon();
                 }
-                drained = readable(inotify.as_ref(), self.unread) => {
+                drained = readable(&*machine, self.unread) => {
                     drained?;
                     self.drain_watches();
                 }
@@ -296,7 +275,7 @@ impl Engine {
 
     /// Takes note of changes of layers. There may be more than it is the turn for.
     fn drain_watches(&mut self) {
-        match self.tools.watches.drain() {
+        match self.machine.changes() {
             Ok((changes, more)) => {
                 self.unread = more;
                 self.see(changes);
@@ -307,7 +286,7 @@ impl Engine {
 
     /// Takes note of all changes of a store's layers that there were up to now.
     fn drain_watches_of(&mut self, name: &StoreName) {
-        match self.tools.watches.drain_for(name) {
+        match self.machine.changes_of(name) {
             Ok(changes) => self.see(changes),
             Err(error) => self.cannot_drain(error),
         }
@@ -384,15 +363,12 @@ fn number(number: usize, noun: &str) -> String {
 
 /// Waits until there are events, and takes note of it before they are read. If some are `unread`, everybody else has their turn
 /// first.
-async fn readable(inotify: Option<&AsyncFd<OwnedFd>>, unread: bool) -> std::io::Result<()> {
+async fn readable(machine: &dyn Machine, unread: bool) -> std::io::Result<()> {
     if unread {
         tokio::task::yield_now().await;
         return Ok(());
     }
-    match inotify {
-        Some(inotify) => inotify.readable().await.map(|mut ready| ready.clear_ready()),
-        None => std::future::pending().await,
-    }
+    machine.layers_changed().await
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

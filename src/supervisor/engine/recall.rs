@@ -14,7 +14,7 @@ use crate::supervisor::{plan::Phase, record::Known, status::Problem};
 impl Engine {
     /// What is the matter with the state directory.
     pub(super) fn why_silent(&self) -> String {
-        silent("the daemon's state directory", self.tools.records.directory(), &self.tools.threads)
+        silent("the daemon's state directory", &self.machine.records(), &*self.machine)
     }
 
     /// Has a store wait that would be started.

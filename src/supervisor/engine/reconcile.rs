@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use layered_stores_model::StoreName;
+use layered_stores_model::{StoreName, StoreSpec};
 use layered_stores_overlay::mountinfo::MountState;
 use tokio::time::Instant;
 
@@ -11,17 +11,12 @@ use super::{
     done::{Done, Release},
     remove::Removing,
 };
-use crate::{
-    supervisor::{
-        Error,
-        entry::{Entry, Op, answer},
-        nix_daemon,
-        operation::{self, Tools},
-        plan::{Lower, Phase, Step, View, Want, plan},
-        status::Problem,
-        threads::Errand,
-    },
-    systemd::mount_unit,
+use crate::supervisor::{
+    Error,
+    entry::{Entry, Op, answer},
+    machine::{Begun, Machine},
+    plan::{Lower, Phase, Step, View, Want, plan},
+    status::Problem,
 };
 
 impl Engine {
@@ -32,7 +27,7 @@ impl Engine {
         let registry = Arc::clone(&self.registry);
         let registry = registry.read().unwrap_or_else(PoisonError::into_inner);
         let is_of_interest = |point: &str| registry.on_the_way.contains(point);
-        match self.mounts.read(is_of_interest) {
+        match self.machine.mounts(&is_of_interest) {
             Ok(table) => {
                 let changed = std::mem::take(&mut self.mounts_changed);
                 for entry in self.entries.values_mut() {
@@ -127,7 +122,7 @@ impl Engine {
             lower,
             respecify: entry.next.is_some(),
             carries,
-            ours: !(goes_down || lower == Lower::Leaving) || mount_unit::is_ours(&entry.spec.mount_unit),
+            ours: !(goes_down || lower == Lower::Leaving) || self.machine.is_ours(&entry.spec.mount_unit),
             repair: entry.retries.may_repair(now),
             retry: entry.retries.is_allowed(),
             serve: entry.is_to_be_served(),
@@ -161,35 +156,26 @@ impl Engine {
                     entry.retries.repaired(now);
                 }
                 let lock = entry.lock.take();
-                self.spawn(name, Op::Start, async move |tools, errand| {
-                    Done::Up(operation::start(tools, errand, lock).await)
-                });
+                self.begin(name, Op::Start, |machine, spec| machine.start(spec, lock), Done::Up);
                 false
             }
             Step::Adopt => {
                 let locked = entry.lock.is_some();
                 let differ = matches!(entry.mount, MountState::Mounted { flags: Some(_), .. });
-                self.spawn(name, Op::Adopt, async move |tools, errand| {
-                    Done::Up(operation::adopt(tools, errand, locked, differ).await)
-                });
+                self.begin(name, Op::Adopt, |machine, spec| machine.adopt(spec, locked, differ), Done::Up);
                 false
             }
             Step::Serve => {
-                self.spawn(name, Op::Serve, async move |tools, errand| {
-                    Done::Served(errand.spec.service(), nix_daemon::serve(tools, errand).await)
-                });
+                let service = entry.spec.service();
+                self.begin(name, Op::Serve, Machine::serve, |result| Done::Served(service, result));
                 false
             }
             Step::Stop => {
-                self.spawn(name, Op::Stop, async move |tools, errand| {
-                    Done::Stopped(operation::stop(tools, errand).await)
-                });
+                self.begin(name, Op::Stop, Machine::stop, Done::Stopped);
                 false
             }
             Step::FinishSwap => {
-                self.spawn(name, Op::FinishSwap, async move |_, errand| {
-                    Done::SwapFinished(operation::finish_swap(errand).await)
-                });
+                self.begin(name, Op::FinishSwap, Machine::finish_swap, Done::SwapFinished);
                 false
             }
             Step::Respecify => {
@@ -206,22 +192,29 @@ impl Engine {
     pub(super) fn release(&mut self, name: &StoreName, why: Release) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.unlock();
-        self.spawn(name, Op::Release, async move |tools, errand| {
-            Done::Released(operation::release(tools, errand, why == Release::Forget).await, why)
-        });
+        let forget = why == Release::Forget;
+        self.begin(
+            name,
+            Op::Release,
+            |machine, spec| machine.release(spec, forget),
+            move |result| Done::Released(result, why),
+        );
     }
 
     /// Begins to do something about a store.
-    pub(super) fn spawn<F>(&mut self, name: &StoreName, op: Op, work: impl FnOnce(Tools, Errand) -> F)
-    where
-        F: Future<Output = Done> + Send + 'static,
-    {
+    pub(super) fn begin<T: 'static>(
+        &mut self,
+        name: &StoreName,
+        op: Op,
+        begin: impl FnOnce(&(dyn Machine + 'static), &Arc<StoreSpec>) -> Begun<T>,
+        done: impl FnOnce(T) -> Done + Send + 'static,
+    ) {
         if let Some(entry) = self.entries.get_mut(name) {
             entry.op = Some(op);
-            let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
-            entry.follow(&errand);
-            let (name, work) = (name.clone(), work(self.tools.clone(), errand));
-            self.operations.spawn(async move { (name, work.await) });
+            let begun = begin(&*self.machine, &entry.spec);
+            entry.follow(&begun.progress);
+            let name = name.clone();
+            self.operations.spawn(async move { (name, done(begun.result.await)) });
         }
     }
 

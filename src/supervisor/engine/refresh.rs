@@ -3,17 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use layered_stores_model::{StoreName, StoreSpec};
-use layered_stores_overlay::{
-    refresh::{Changes, Outcome, RefreshError, Report, Rung},
-    swap::{self, OldMount},
-};
+use layered_stores_overlay::refresh::{Changes, Outcome, RefreshError, Report, Rung};
 use tokio::time::Instant;
 
 use super::{Engine, done::Done};
 use crate::supervisor::{
     Error,
     entry::{Entry, LEFT, Op, SWAPS_APART, answer},
-    operation::{self, OperationError},
+    machine::{Refreshing, SwappedOut},
+    operation::OperationError,
     plan::Phase,
     status::Problem,
 };
@@ -85,12 +83,10 @@ impl Engine {
         entry.refreshes.aim = Some(aim.clone());
         let mounted = entry.mounted;
         if aim.glance.is_some() {
-            self.spawn(name, Op::Refresh, async move |_, errand| {
-                Done::Glanced(operation::glance(errand, aim, mounted).await)
-            });
+            self.begin(name, Op::Refresh, |machine, spec| machine.glance(spec, aim, mounted), Done::Glanced);
             return;
         }
-        let is_free = || entry.refreshes.swaps.next(now).is_none() && self.tools.left.count(name) < LEFT;
+        let is_free = || entry.refreshes.swaps.next(now).is_none() && self.machine.left(name) < LEFT;
         let may_swap = (asked && entry.waiting.root_asks) || aim.from == Rung::Swap || is_free();
         let to = if may_swap { Rung::Swap } else { Rung::Reconfigure };
         if asked {
@@ -104,12 +100,9 @@ impl Engine {
         aim.whole &= !entry.refreshes.owed.has_left_lost();
         let kept = entry.refreshes.fingerprint;
         let above = self.active_above(name);
-        self.spawn(name, Op::Refresh, async move |tools, errand| {
-            match operation::refresh(tools, errand, aim, to, kept, mounted, above).await {
-                Ok((report, old)) => Done::Refreshed(report, old),
-                Err(error) => Done::Refreshed(Err(error), None),
-            }
-        });
+        let refreshing = Refreshing { aim, to, kept, mount: mounted, above };
+        let done = |(report, old)| Done::Refreshed(report, old);
+        self.begin(name, Op::Refresh, |machine, spec| machine.refresh(spec, refreshing), done);
     }
 
     /// The stores that lie on a store, but for those on filesystems that do not answer.
@@ -134,7 +127,7 @@ impl Engine {
         }
         if report.outcome == Outcome::Swapped {
             entry.refreshes.owed.is_fresh();
-        } else if !report.lost && swap::is_possible() {
+        } else if !report.lost && self.machine.can_swap() {
             entry.refreshes.owed.leave_lost(&mut aim);
         }
         let on_record = aim.whole && report.is_right() && !entry.refreshes.owed.has_left_lost();
@@ -158,7 +151,7 @@ impl Engine {
             let names = report.still_stale.iter().map(|stale| stale.name.clone()).collect();
             let stale = Changes { names, unknown: report.lost, taken: report.lost };
             entry.clear(&[Problem::RefreshFailed]);
-            if report.outcome == Outcome::Swapped || !swap::is_possible() {
+            if report.outcome == Outcome::Swapped || !self.machine.can_swap() {
                 let named: Vec<_> = report.still_stale.iter().take(NAMED_STALE).map(ToString::to_string).collect();
                 let after = if report.outcome == Outcome::Swapped {
                     "even after a swap"
@@ -169,7 +162,7 @@ impl Engine {
                 let pause = entry.refreshes.owed.put_off(stale, now);
                 answer(asked, &Err(Error::Stale(name.clone(), message.clone())));
                 entry.problem(Problem::Stale, format!("{message}; it is tried again after {} s", pause.as_secs()));
-            } else if self.tools.left.count(name) >= LEFT {
+            } else if self.machine.left(name) >= LEFT {
                 let pause = entry.refreshes.owed.put_off(stale, now).as_secs();
                 answer(
                     asked.into_iter().chain(std::mem::take(&mut entry.waiting.queueing)),
@@ -202,12 +195,11 @@ impl Engine {
     }
 
     /// Has a mount that was swapped out retired. Nobody waits for this, so that it may take as long as it needs.
-    pub(super) fn is_swapped_out(&mut self, name: &StoreName, old: OldMount) {
+    pub(super) fn is_swapped_out(&mut self, name: &StoreName, old: Arc<dyn SwappedOut>) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.refreshes.swap_count += 1;
         entry.refreshes.swaps.count(Instant::now());
-        let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
-        self.retirements.add(name.clone(), old, errand);
+        self.retirements.add(name.clone(), old, Arc::clone(&entry.spec));
     }
 
     pub(super) fn has_glanced(&mut self, name: &StoreName, result: &Result<bool, OperationError>) {
@@ -257,7 +249,7 @@ impl Engine {
     /// Has somebody look whether a store still belongs to whom it should. Nothing waits for the answer.
     pub(super) fn look_at_owner(&mut self, name: &StoreName) {
         let Some(entry) = self.entries.get(name) else { return };
-        let (name, errand) = (name.clone(), self.tools.threads.errand(Arc::clone(&entry.spec)));
-        self.operations.spawn(async move { (name, Done::OwnerSeen(operation::other_owner(errand).await)) });
+        let (name, begun) = (name.clone(), self.machine.other_owner(&entry.spec));
+        self.operations.spawn(async move { (name, Done::OwnerSeen(begun.result.await)) });
     }
 }

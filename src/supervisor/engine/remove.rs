@@ -1,16 +1,13 @@
 //! Removing what is in stores that are down, and what is left of those that are declared no more.
 
 use layered_stores_model::{AbsolutePath, PathError, StoreName};
-use layered_stores_overlay::{
-    mountinfo::MountState,
-    remove::{self, RemoveError},
-};
+use layered_stores_overlay::{mountinfo::MountState, remove::RemoveError};
 
 use super::{Engine, done::Done};
 use crate::supervisor::{
     Error,
     entry::{Entry, Op, Reply, answer},
-    operation::{self, OperationError},
+    operation::OperationError,
     plan::{Phase, Want},
 };
 
@@ -43,9 +40,7 @@ impl Engine {
             return;
         }
         let lock = entry.lock.take();
-        self.spawn(&name, Op::Remove, async move |tools, errand| {
-            Done::Removed(operation::remove(tools, errand, lock, own).await)
-        });
+        self.begin(&name, Op::Remove, |machine, spec| machine.remove(spec, lock, own), Done::Removed);
         self.publish(&name);
     }
 
@@ -80,7 +75,7 @@ impl Engine {
 
     /// The directory that a store has for itself, if it was not given others.
     fn own_directory(&self, name: &StoreName) -> Result<AbsolutePath, PathError> {
-        self.settings.defaults.state_dir.join(&format!("stores/{name}"))
+        self.state_dir.join(&format!("stores/{name}"))
     }
 
     fn remove_left_over(&mut self, name: StoreName, reply: Reply) {
@@ -104,14 +99,12 @@ impl Engine {
             return;
         }
         self.removing.insert(name.clone(), Removing { directory: directory.clone(), waiting: vec![reply] });
+        let removed = self.machine.remove_left_over(directory);
         self.operations.spawn(async move {
-            let removed = tokio::task::spawn_blocking(move || remove::directory(&directory)).await;
-            let failed = |why: String| Error::RemoveFailed(name.clone(), why);
-            let result = match removed {
-                Ok(Ok(())) => Ok(()),
-                Ok(Err(RemoveError::Nothing(_))) => Err(Error::NothingLeft(name.clone())),
-                Ok(Err(error)) => Err(failed(error.to_string())),
-                Err(error) => Err(failed(OperationError::Panic(error.to_string()).to_string())),
+            let result = match removed.await {
+                Ok(()) => Ok(()),
+                Err(OperationError::Remove(RemoveError::Nothing(_))) => Err(Error::NothingLeft(name.clone())),
+                Err(error) => Err(Error::RemoveFailed(name.clone(), error.to_string())),
             };
             (name, Done::LeftOverRemoved(result))
         });

@@ -1,18 +1,12 @@
 //! Looking whether upper layers take writes.
 
-use std::sync::Arc;
-
 use layered_stores_model::StoreName;
 use layered_stores_overlay::room::Room;
 use tokio::time::Instant;
 
 use super::{Engine, done::Done};
 use crate::supervisor::{
-    entry::Entry,
-    operation::{self, OperationError},
-    plan::Phase,
-    room,
-    status::Problem,
+    entry::Entry, machine::Machine, operation::OperationError, plan::Phase, room, status::Problem,
 };
 
 /// When it is to be looked whether a store's upper layer takes writes.
@@ -26,10 +20,10 @@ impl Engine {
         let is_due = |entry: &&mut Entry| room_at(entry).is_some_and(|at| at <= now);
         for entry in self.entries.values_mut().filter(is_due) {
             entry.rooms.begin();
-            let errand = self.tools.threads.errand(Arc::clone(&entry.spec));
-            entry.follow(&errand);
+            let begun = self.machine.room(&entry.spec);
+            entry.follow(&begun.progress);
             let name = entry.spec.name.clone();
-            self.operations.spawn(async move { (name, Done::RoomSeen(operation::room(errand).await)) });
+            self.operations.spawn(async move { (name, Done::RoomSeen(begun.result.await)) });
         }
     }
 
@@ -38,7 +32,7 @@ impl Engine {
         let Some(entry) = self.entries.get_mut(name).filter(|entry| entry.phase == Phase::Active) else { return };
         // That it was not found out is a mistake of the daemon's, which the next look may not make.
         let room = room.unwrap_or(Room::Enough);
-        let wrong = describe(&self.tools, entry, room);
+        let wrong = describe(&*self.machine, entry, room);
         entry.rooms.seen(wrong, Instant::now());
         entry.look_at_room();
         self.publish(name);
@@ -46,10 +40,10 @@ impl Engine {
 }
 
 /// What is wrong, and the way out.
-pub(super) fn describe(tools: &operation::Tools, entry: &Entry, seen: Room) -> Option<(Problem, String)> {
+pub(super) fn describe(machine: &dyn Machine, entry: &Entry, seen: Room) -> Option<(Problem, String)> {
     if seen == Room::Enough {
         return None;
     }
-    let point = tools.threads.mount_point_of(entry.spec.layers.upper.as_path());
+    let point = machine.mount_point_of(entry.spec.layers.upper.as_path());
     room::describe(&entry.spec, seen, point.as_deref().unwrap_or("/"))
 }

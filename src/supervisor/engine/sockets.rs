@@ -3,42 +3,17 @@
 use std::collections::BTreeMap;
 
 use layered_stores_model::StoreName;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::time::Instant;
 
 use super::Engine;
 use crate::{
     supervisor::{
         entry::Op,
-        handle::Command,
         plan::{Phase, Want},
         status::Problem,
     },
-    systemd::{SocketState, Units},
+    systemd::SocketState,
 };
-
-/// Tells the engine how sockets are, each time one has changed.
-pub(super) async fn watch(units: Units, commands: mpsc::WeakSender<Command>) {
-    let mut changes = match units.socket_changes().await {
-        Ok(changes) => changes,
-        Err(error) => {
-            tracing::warn!("what becomes of the sockets of Nix daemons goes unseen: {error}");
-            return;
-        }
-    };
-    loop {
-        let (asked, sockets) = match changes.next().await {
-            Ok(seen) => seen,
-            Err(error) => {
-                tracing::warn!("systemd does not tell how the sockets of Nix daemons are: {error}");
-                continue;
-            }
-        };
-        let Some(commands) = commands.upgrade() else { return };
-        if commands.send(Command::Sockets(asked.into(), sockets)).await.is_err() {
-            return;
-        }
-    }
-}
 
 impl Engine {
     /// Takes how sockets were at a time.

@@ -13,10 +13,10 @@ use super::Engine;
 use crate::supervisor::{
     Error,
     entry::{Entry, Op},
-    operation::Tools,
+    machine::Machine,
     plan::{Phase, Want},
     status::Problem,
-    threads::{DEADLINE, Threads},
+    threads::DEADLINE,
 };
 
 /// How often it is looked whether what is stuck goes on.
@@ -27,9 +27,9 @@ impl Engine {
     pub(super) fn look_at_stuck(&mut self, now: Instant) {
         let mut changed = Vec::new();
         for entry in self.entries.values_mut() {
-            let hangs = entry.waits_for().filter(|(_, since)| Instant::from(*since + DEADLINE) <= now);
+            let hangs = entry.waits_for().filter(|(_, since)| *since + DEADLINE <= now);
             match (hangs, &entry.stuck) {
-                (Some((spot, _)), None) => stick(entry, spot, &self.tools),
+                (Some((spot, _)), None) => stick(entry, spot, &*self.machine),
                 (None, Some(_)) => go_on(entry, now),
                 _ => continue,
             }
@@ -50,8 +50,8 @@ impl Engine {
 }
 
 /// Gives up waiting for a store. What is being done about it goes on if it can.
-fn stick(entry: &mut Entry, spot: Spot, tools: &Tools) {
-    let message = describe(&entry.spec, spot, tools);
+fn stick(entry: &mut Entry, spot: Spot, machine: &dyn Machine) {
+    let message = describe(&entry.spec, spot, machine);
     entry.stuck = Some(message.clone());
     entry.problem(Problem::Stuck, message.clone());
     let name: StoreName = entry.spec.name.clone();
@@ -74,9 +74,9 @@ fn go_on(entry: &mut Entry, now: Instant) {
 }
 
 /// That a directory does not answer, and the way out.
-pub(super) fn silent(what: &str, dir: &Path, threads: &Threads) -> String {
+pub(super) fn silent(what: &str, dir: &Path, machine: &dyn Machine) -> String {
     let silent = format!("{what} {} has not answered for {} s; see to what serves", dir.display(), DEADLINE.as_secs());
-    match threads.mount_point_of(dir) {
+    match machine.mount_point_of(dir) {
         Some(point) if point != "/" => {
             format!("{silent} the filesystem at {point}, or give that up with `umount --force --lazy {point}`")
         }
@@ -84,18 +84,18 @@ pub(super) fn silent(what: &str, dir: &Path, threads: &Threads) -> String {
     }
 }
 
-fn describe(spec: &StoreSpec, spot: Spot, tools: &Tools) -> String {
+fn describe(spec: &StoreSpec, spot: Spot, machine: &dyn Machine) -> String {
     let layers = &spec.layers;
     let seconds = DEADLINE.as_secs();
     let directory =
-        |what: &str, dir: &Path| format!("{}; the store goes on by itself then", silent(what, dir, &tools.threads));
+        |what: &str, dir: &Path| format!("{}; the store goes on by itself then", silent(what, dir, machine));
     match spot {
         Spot::Lower => directory("the lower store", layers.lower.as_path()),
         Spot::Upper => directory("the upper layer", layers.upper.as_path()),
         Spot::Work => directory("the work dir", layers.work.as_path()),
         // That is where something else may be mounted below the root.
         Spot::Root => directory("the state dir", spec.state_dir.as_path()),
-        Spot::Records => directory("the daemon's state directory", tools.records.directory()),
+        Spot::Records => directory("the daemon's state directory", &machine.records()),
         Spot::Merged => format!(
             "the merged directory {} has not answered for {seconds} s, which means that the filesystem of its lower store {} \
              or of its upper layer {} does not; the store goes on by itself when that answers",

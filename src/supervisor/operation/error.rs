@@ -4,8 +4,12 @@ use std::{io, path::PathBuf};
 
 use layered_stores_model::{AbsolutePath, MountUnitName, StoreName};
 use layered_stores_overlay::{
-    layers::LayersError, mount::MountError, owner::OwnerError, refresh::RefreshError, remove::RemoveError,
-    swap::SwapError,
+    layers::LayersError,
+    mount::MountError,
+    owner::OwnerError,
+    refresh::RefreshError,
+    remove::RemoveError,
+    swap::{RetireError, SwapError},
 };
 
 use crate::{
@@ -32,6 +36,8 @@ pub(in crate::supervisor) enum OperationError {
     Swap(#[from] SwapError),
     #[error(transparent)]
     Refresh(#[from] RefreshError),
+    #[error(transparent)]
+    Retire(#[from] RetireError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error("cannot write {}: {source}", .file.display())]
