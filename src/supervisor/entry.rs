@@ -1,5 +1,6 @@
 //! What the engine knows about one store.
 
+mod looks;
 mod refreshes;
 mod retries;
 mod serving;
@@ -7,18 +8,12 @@ mod waiting;
 
 use std::{
     collections::BTreeMap,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Weak},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use layered_stores_model::{StoreSpec, printable};
-use layered_stores_overlay::{
-    mountinfo::{MountState, MountTable},
-    place::MountId,
-    progress::Spot,
-    refresh::{Changes, Rung},
-};
+use layered_stores_overlay::{mountinfo::MountState, place::MountId, progress::Spot};
 pub(super) use refreshes::{LEFT, Refreshes, SWAPS_APART};
 pub(super) use retries::Retries;
 pub(super) use serving::Serving;
@@ -69,6 +64,8 @@ pub(super) struct Entry {
     pub(super) next: Option<Arc<StoreSpec>>,
     pub(super) want: Want,
     pub(super) declared: bool,
+    /// Whether it is to be up because somebody has asked for that, as the next daemon is told.
+    kept_asked: Option<bool>,
     pub(super) phase: Phase,
     /// Why the phase is what it is.
     pub(super) reason: String,
@@ -119,6 +116,7 @@ impl Entry {
             next: None,
             want,
             declared,
+            kept_asked: None,
             phase: Phase::Inactive,
             reason: String::new(),
             mount: MountState::Absent,
@@ -165,13 +163,44 @@ impl Entry {
         Some(since + DEADLINE).filter(|_| self.stuck.is_none())
     }
 
-    /// Changes what is wanted, which makes every earlier failure worth another try.
+    /// Changes what is wanted, which makes every earlier failure worth another try. Whoever waits for something else is sent
+    /// away: that will not come.
     pub(super) fn want(&mut self, want: Want) {
+        let name = &self.spec.name;
+        match want {
+            Want::Up => {
+                let error = Error::Busy(name.clone(), "it was started again meanwhile".to_owned());
+                answer(std::mem::take(&mut self.waiting.stopping), &Err(error));
+            }
+            Want::Down | Want::Gone => {
+                let error = Error::StartFailed(name.clone(), "it was stopped meanwhile".to_owned());
+                answer(std::mem::take(&mut self.waiting.starting), &Err(error));
+            }
+        }
         self.want = want;
         self.clear(&[Problem::Busy]);
         self.try_again();
         self.retries.forget_failures();
         self.retries.forget_repairs();
+    }
+
+    /// What is to be kept for the next daemon of what somebody has asked for, if that is not what is kept.
+    pub(super) fn asked_anew(&mut self) -> Option<Option<bool>> {
+        let asked = match (self.want, self.spec.autostart) {
+            (Want::Up, false) => Some(true),
+            (Want::Down, true) => Some(false),
+            _ => None,
+        };
+        (std::mem::replace(&mut self.kept_asked, asked) != asked).then_some(asked)
+    }
+
+    /// Has it be as somebody has asked an earlier daemon.
+    pub(super) fn was_asked(&mut self, up: bool) {
+        self.kept_asked = Some(up);
+        let want = if up { Want::Up } else { Want::Down };
+        if self.declared && self.want != want {
+            self.want(want);
+        }
     }
 
     /// Lets what has failed be tried again at once.
@@ -224,6 +253,20 @@ impl Entry {
         self.retries.give_up();
         self.reason = printable(&reason);
         self.problem(problem, reason);
+    }
+
+    /// Has it tried again, whatever it was given up on for.
+    pub(super) fn forget_failure(&mut self) {
+        if self.op.is_none() && matches!(self.phase, Phase::Failed { .. }) {
+            self.phase = Phase::Inactive;
+        }
+    }
+
+    /// Notes that what is mounted now has been tried in vain as well, if it was given up on.
+    pub(super) fn fail_at_what_is_seen(&mut self) {
+        if let Phase::Failed { seen } = &mut self.phase {
+            seen.clone_from(&self.mount);
+        }
     }
 
     /// What a failure of the plan means to people.
@@ -282,96 +325,32 @@ impl Entry {
         }
     }
 
-    /// Notes what the mount table says: what is mounted, and whether whoever comes by path finds it and what it is made of.
-    pub(super) fn look_at(&mut self, table: &MountTable) {
-        let layers = &self.spec.layers;
-        self.mount = table.state(layers);
-        if !matches!(self.mount, MountState::Mounted { .. }) {
-            return;
-        }
-        if self.unconfirmed.is_some() {
-            self.whereabouts.note(layers, table, self.op == Some(Op::Start));
-        }
-        if let Some(cover) = self.whereabouts.cover(layers, table) {
-            self.mount = MountState::Covered(cover);
-        }
-    }
-
-    /// Notes what the mount table says about a mount that is in use.
-    pub(super) fn look_at_mount(&mut self) {
-        let MountState::Mounted { read_only, unpinned, flags, .. } = self.mount.clone() else { return };
-        self.read_only = read_only;
-        self.look_at_room();
-        match (unpinned, flags) {
-            (Some(option), _) => {
-                let message = format!(
-                    "it is mounted with {option}, which makes changes of its layers dangerous; run `layered-stores stop {0}` \
-                     and `start {0}`",
-                    self.spec.name
-                );
-                self.problem(Problem::MountOptions, message);
-            }
-            (None, Some(differ)) => {
-                let at = &self.spec.layers.merged;
-                let message = format!(
-                    "it is mounted {differ}, other than declared; unmount it with `umount {at}`, and it is mounted anew"
-                );
-                self.problem(Problem::MountOptions, message);
-            }
-            (None, None) => self.clear(&[Problem::MountOptions]),
-        }
-    }
-
-    /// Notes whether it takes writes: its mount, and the filesystem of its upper layer.
-    pub(super) fn look_at_room(&mut self) {
-        let mut wrong = self.rooms.wrong.clone();
-        if self.read_only {
-            let message =
-                "the kernel refuses writes to it; look for errors of the upper layer's filesystem, or remount it rw";
-            wrong = Some((Problem::ReadOnly, message.to_owned()));
-        }
-        for problem in [Problem::ReadOnly, Problem::Full] {
-            match &wrong {
-                Some((is, message)) if *is == problem => self.problem(problem, message.clone()),
-                _ => self.clear(&[problem]),
-            }
-        }
-    }
-
-    /// Notes which mount its lower store lies on. When that is another, what it shows of the lower store is looked at anew:
-    /// a filesystem whose server has ended comes back as another mount, of which no watch tells.
-    pub(super) fn look_at_lower(&mut self, table: &MountTable, now: Instant) {
-        // A layered store underneath tells by itself when it is swapped.
-        if self.spec.lower_name().is_some() {
-            return;
-        }
-        let is_other = self.whereabouts.lower_is_other(&self.spec.layers, table);
-        if is_other && self.phase == Phase::Active {
-            self.refreshes.owed.demand(Changes::unknown(), Rung::Probe, now);
-        } else if is_other && self.retries.due().is_some() {
-            self.try_again();
-        }
-    }
-
-    /// Notes where its upper layer and its state dir lie. When that is elsewhere, what has failed is tried again: the
-    /// filesystem that was missing may be there.
-    pub(super) fn look_at_own(&mut self, table: &MountTable) {
-        let seen = [&self.spec.layers.upper, &self.spec.state_dir].map(|dir| table.location(dir.as_str()));
-        let mut hasher = DefaultHasher::new();
-        seen.hash(&mut hasher);
-        let before = self.own_seen.replace(hasher.finish());
-        let is_other = before.is_some() && before != self.own_seen;
-        if is_other && self.retries.due().is_some() && matches!(self.phase, Phase::Failed { .. }) {
-            self.try_again();
-        }
-    }
-
     /// Whether its Nix daemon, or that it has none, is still to be seen to.
     pub(super) fn is_to_be_served(&self) -> bool {
         self.phase == Phase::Active
             && self.next.is_none()
             && self.serving.due().is_none()
             && !self.serving.is(self.spec.service().as_ref())
+    }
+
+    /// Whether it was given up on, and what it was given up on for is still there.
+    pub(super) fn is_given_up(&self) -> bool {
+        let is_failed = matches!(&self.phase, Phase::Failed { seen } if *seen == self.mount);
+        is_failed && !self.retries.is_allowed()
+    }
+
+    /// Puts the waiting specification in force for a mount that somebody else has made, if it is of the same directories: with
+    /// which options that is mounted is theirs to change.
+    pub(super) fn take_next_in_place(&mut self) {
+        let is_mounted = matches!(self.mount, MountState::Mounted { .. });
+        if let Some(next) = self.next.take_if(|next| is_mounted && next.layers.are_at(&self.spec.layers)) {
+            self.spec = next;
+        }
+    }
+
+    /// Whether it is to go down, or to be made anew, and cannot for now.
+    pub(super) fn cannot_go(&self) -> bool {
+        self.op.is_none() && (self.retries.due().is_some() || self.is_given_up())
     }
 
     /// Whether it is on its way up, or about to be.
@@ -407,10 +386,11 @@ impl Entry {
             return true;
         }
         let at_goal = match self.want {
+            // What could be done about it at once was planned before this is asked.
+            _ if matches!(self.phase, Phase::Failed { .. }) => true,
             Want::Up => self.next.is_none() && self.phase != Phase::Inactive && !self.is_to_be_served(),
             Want::Down => self.next.is_none() && self.phase != Phase::Active,
-            // Left mounted because it is not ours to unmount.
-            Want::Gone => matches!(self.phase, Phase::Failed { .. }),
+            Want::Gone => false,
         };
         matches!(self.op, None | Some(Op::Refresh | Op::Remove | Op::Hold)) && (at_goal || self.retries.due().is_some())
     }

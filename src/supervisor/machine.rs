@@ -126,6 +126,9 @@ pub(super) trait Machine: Debug + Send + Sync {
     /// Tells the engine how the sockets of Nix daemons are, each time one has changed.
     fn watch_sockets(&self, engine: WeakSender<Command>) -> Later<'static, ()>;
 
+    /// Has them looked at once more.
+    fn look_at_sockets(&self);
+
     /// Whether a mount unit is the daemon's own.
     fn is_ours(&self, unit: &MountUnitName) -> bool;
 
@@ -146,6 +149,10 @@ pub(super) trait Machine: Debug + Send + Sync {
 
     /// What earlier runs have left, of stores that are `declared` and of others.
     fn recall(&self, declared: Vec<StoreSpec>) -> Later<'static, Result<Known, RecordError>>;
+
+    /// Keeps whether somebody has asked for a store to be up, or down, for the daemons until the next boot; `None`: it is to be as
+    /// declared.
+    fn keep_asked(&self, name: &StoreName, up: Option<bool>);
 
     /// What earlier runs have swapped out. To be asked once.
     fn swapped_out(&self) -> Vec<(StoreName, Arc<dyn SwappedOut>)>;

@@ -20,6 +20,8 @@ mod plan;
 mod record;
 mod retirement;
 mod room;
+#[cfg(test)]
+mod simulation;
 mod status;
 mod threads;
 mod whereabouts;

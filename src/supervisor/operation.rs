@@ -125,7 +125,9 @@ pub(super) async fn start(tools: Tools, errand: Errand, lock: Option<Guard>) -> 
             let owner_uid = layers::upper_owner(&spec.layers.upper).unwrap_or_default();
             let (served, room) = (is_served(&tools, &spec), room::look(&spec.layers));
             let held = Held { lock: Some(Box::new(lock)), unwatched, unrecorded: None };
-            Ok(Up { held, mount, changes: Changes::default(), owner_uid, room, served })
+            // What somebody else has mounted meanwhile may be older than the watches.
+            let changes = if clear == Clear::Mounted { Changes::lost() } else { Changes::default() };
+            Ok(Up { held, mount, changes, owner_uid, room, served })
         }
     };
     let up = errand.run(mount).await?;

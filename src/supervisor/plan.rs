@@ -39,8 +39,19 @@ pub(super) enum Lower {
     Pending,
     /// It is to go down and come back.
     Leaving,
-    /// It failed or is not wanted.
+    /// It failed, is not wanted, or is to go down and cannot.
     Unavailable,
+}
+
+/// The layered stores on top that are mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Carries {
+    /// None.
+    Nothing,
+    /// They go down as well, or may.
+    Leaving,
+    /// One of them was given up on, and stays.
+    Staying,
 }
 
 /// All that a decision depends on.
@@ -52,8 +63,8 @@ pub(super) struct View<'a> {
     pub lower: Lower,
     /// A specification waits that needs the mount to be made anew.
     pub respecify: bool,
-    /// A layered store on top of this one is mounted.
-    pub carries: bool,
+    /// Layered stores on top of this one are mounted.
+    pub carries: Carries,
     /// The mount was made by the daemon.
     pub ours: bool,
     /// A mount that vanished may be made again: it has not happened too often.
@@ -84,6 +95,8 @@ pub(super) enum Step {
     Serve,
     /// Take it down.
     Stop,
+    /// Tell that it cannot be taken down for now, because what lies on it stays.
+    Refuse,
     /// Put the waiting specification in force.
     Respecify,
     /// Undo what was prepared and forget it.
@@ -112,6 +125,9 @@ pub(super) fn plan(view: &View<'_>) -> Step {
     let given_up = |failure: Failure| {
         if *view.phase == (Phase::Failed { seen: view.mount.clone() }) { Step::Rest } else { Step::Fail(failure) }
     };
+    // What was in the way of a store that was given up on is gone.
+    let is_free = matches!(view.phase, Phase::Failed { seen } if seen != view.mount);
+    let may_stop = view.retry || is_free;
     let down = view.want != Want::Up || view.respecify;
     match (down, view.mount) {
         (true, MountState::Absent) => match (view.want, view.phase) {
@@ -123,8 +139,14 @@ pub(super) fn plan(view: &View<'_>) -> Step {
         (true, MountState::Mounted { twice: true, .. }) => Step::FinishSwap,
         (true, MountState::Mounted { .. }) if !view.ours => given_up(Failure::NotOurs),
         // Those on top go first; until then there is nothing to do.
-        (true, MountState::Mounted { .. }) if view.carries || !view.retry => Step::Rest,
-        (true, MountState::Mounted { .. }) => Step::Stop,
+        (true, MountState::Mounted { .. }) if view.carries == Carries::Leaving => Step::Rest,
+        (true, MountState::Mounted { .. }) => match view.phase {
+            _ if may_stop && view.carries == Carries::Staying => Step::Refuse,
+            _ if may_stop => Step::Stop,
+            // It stays up for now, and as long as it does, it is looked after.
+            Phase::Inactive => Step::Adopt,
+            _ => Step::Rest,
+        },
         // systemd would unmount what is on top, which is not ours to unmount.
         (true, MountState::Covered(cover)) => given_up(Failure::Covered(cover.clone())),
         // Whatever it is, the store is not up.
@@ -137,6 +159,8 @@ pub(super) fn plan(view: &View<'_>) -> Step {
 
         (false, MountState::Absent) => match view.phase {
             Phase::Failed { seen: MountState::Absent } if !view.retry => Step::Rest,
+            // Its mount was taken away, and cannot be made again yet.
+            Phase::Active if matches!(view.lower, Lower::Pending | Lower::Leaving) => Step::Settle,
             _ if matches!(view.lower, Lower::Pending | Lower::Leaving) => Step::Rest,
             _ if view.lower == Lower::Unavailable => given_up(Failure::Lower),
             Phase::Active if view.repair => Step::Start { repair: true },
@@ -145,8 +169,8 @@ pub(super) fn plan(view: &View<'_>) -> Step {
         },
         (false, MountState::Mounted { twice: true, .. }) => Step::FinishSwap,
         // It has to make way for the store underneath, and comes back after it.
-        (false, MountState::Mounted { .. }) if view.lower == Lower::Leaving => {
-            if view.ours && view.retry && !view.carries { Step::Stop } else { Step::Rest }
+        (false, MountState::Mounted { .. }) if view.lower == Lower::Leaving && view.ours => {
+            if may_stop && view.carries == Carries::Nothing { Step::Stop } else { Step::Rest }
         }
         (false, mount @ MountState::Mounted { .. }) => match view.phase {
             Phase::Active if view.serve => Step::Serve,
@@ -204,7 +228,8 @@ mod tests {
                 Just(Lower::Unavailable)
             ],
             mut respecify in any::<bool>(),
-            (carries, mut ours, repair, retry, mut serve) in any::<(bool, bool, bool, bool, bool)>(),
+            carries in prop_oneof![Just(Carries::Nothing), Just(Carries::Leaving), Just(Carries::Staying)],
+            (mut ours, repair, mut retry, mut serve) in any::<(bool, bool, bool, bool)>(),
         ) {
             let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None };
             for _ in 0..8 {
@@ -217,9 +242,9 @@ mod tests {
                         match want {
                             Want::Up if !respecify => {
                                 let active = up && phase == Phase::Active && (!serve || lower == Lower::Leaving);
-                                prop_assert!(active || failed || lower != Lower::Ready);
+                                prop_assert!(active || failed || lower != Lower::Ready, "{:?} {:?}", mount, phase);
                             }
-                            Want::Down if !respecify => prop_assert!(!up || failed || carries || !retry),
+                            Want::Down if !respecify => prop_assert!(!up || failed || carries == Carries::Leaving || phase == Phase::Active && !retry),
                             _ => prop_assert!(mount != MountState::Absent),
                         }
                         return Ok(());
@@ -244,8 +269,15 @@ mod tests {
                         serve = false;
                     }
                     Step::Stop => {
-                        prop_assert!(ours && !carries, "never unmount what is not ours or is stood on");
+                        prop_assert!(ours && carries == Carries::Nothing, "never unmount what is not ours or is stood on");
                         (mount, phase) = (MountState::Absent, Phase::Inactive);
+                    }
+                    Step::Refuse => {
+                        prop_assert_eq!(carries, Carries::Staying);
+                        retry = false;
+                        if let Phase::Failed { seen } = &mut phase {
+                            seen.clone_from(&mount);
+                        }
                     }
                     Step::Respecify => (respecify, phase) = (false, Phase::Inactive),
                     Step::Fail(_) => phase = Phase::Failed { seen: mount.clone() },
@@ -265,7 +297,7 @@ mod tests {
             mount: &MountState::Absent,
             lower: Lower::Ready,
             respecify: false,
-            carries: false,
+            carries: Carries::Nothing,
             ours: true,
             repair: true,
             retry: true,
@@ -313,14 +345,29 @@ mod tests {
                 Step::Fail(Failure::Covered(cover())),
             ),
             (
+                "uncovered, it is stopped as it should be",
+                View { mount: &mounted, want: Want::Down, phase: &failed, retry: false, ..base.clone() },
+                Step::Stop,
+            ),
+            (
                 "what the daemon did not mount it does not unmount",
                 View { mount: &mounted, want: Want::Gone, ours: false, ..base.clone() },
                 Step::Fail(Failure::NotOurs),
             ),
             (
                 "a store that carries another one waits for that to go",
-                View { mount: &mounted, want: Want::Down, carries: true, ..base.clone() },
+                View { mount: &mounted, want: Want::Down, carries: Carries::Leaving, ..base.clone() },
                 Step::Rest,
+            ),
+            (
+                "a store that carries one that stays cannot go",
+                View { mount: &mounted, want: Want::Down, carries: Carries::Staying, ..base.clone() },
+                Step::Refuse,
+            ),
+            (
+                "a store that cannot go for now is looked after",
+                View { mount: &mounted, want: Want::Gone, retry: false, ..base.clone() },
+                Step::Adopt,
             ),
             (
                 "a changed store is taken down before it is made anew",

@@ -5,9 +5,11 @@
 //!   not running. Beside that it has the [`Marks`] by which the store's directories are known again.
 //! * `<runtime>/<name>.upper.json` has these as well: the state directory may be on a filesystem that is taken away. Those of
 //!   an ephemeral store are there only, because its directories are gone with the next boot.
+//! * `<runtime>/<name>.asked.json` holds what people have asked for otherwise than declared.
 //! * `<runtime>/<name>.json` holds a [`Fingerprint`]. It is how a daemon that starts again knows without looking at every
 //!   path whether anything changed in the meantime.
 
+mod asked;
 mod error;
 
 use std::{
@@ -82,6 +84,8 @@ struct Note {
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) stores: Vec<Arc<StoreSpec>>,
+    /// Stores that somebody has started or stopped by hand since the boot: whether they are to be up.
+    pub(super) asked: HashMap<StoreName, bool>,
     /// Those of which nothing is known but that there is a record, and that they are declared no more.
     pub(super) unreadable: Vec<String>,
 }
@@ -103,7 +107,7 @@ impl Records {
         let (records, unreadable) = self.read(declared)?;
         let stores = records.values().map(|record| Arc::clone(&record.spec)).collect();
         *self.on_disk() = Some(records);
-        Ok(Known { stores, unreadable })
+        Ok(Known { stores, asked: self.asked(), unreadable })
     }
 
     fn read(&self, declared: &[StoreSpec]) -> Result<(HashMap<StoreName, Record>, Vec<String>), RecordError> {

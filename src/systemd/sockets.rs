@@ -48,11 +48,11 @@ pub struct SocketChanges {
 }
 
 impl Units {
-    /// Starts to listen for changes of sockets.
+    /// Starts to listen for changes of sockets. Whoever notifies of one as well has them looked at.
     ///
     /// # Errors
     /// When the bus or systemd do not answer.
-    pub async fn socket_changes(&self) -> zbus::Result<SocketChanges> {
+    pub async fn socket_changes(&self, changed: Arc<Notify>) -> zbus::Result<SocketChanges> {
         // Signals about the sockets of all units, which are few; those about other properties have another argument.
         let rule = MatchRule::builder()
             .msg_type(message::Type::Signal)
@@ -65,7 +65,6 @@ impl Units {
         let signals = MessageStream::for_match_rule(rule, self.manager.inner().connection(), None).await?;
         // Without this systemd says nothing, unless somebody else wants to know: as a rule, systemd-logind does.
         manager::answer(self.manager.subscribe()).await?;
-        let changed = Arc::<Notify>::default();
         tokio::spawn(take_note(signals, Arc::clone(&changed)));
         Ok(SocketChanges { units: self.clone(), changed })
     }

@@ -31,6 +31,14 @@ pub struct Layers {
     pub options: Vec<MountOption>,
 }
 
+impl Layers {
+    /// Whether the directories are those of other layers, whatever the options.
+    pub fn are_at(&self, other: &Self) -> bool {
+        let Self { lower, upper, work, merged, options: _ } = self;
+        [lower, upper, work, merged] == [&other.lower, &other.upper, &other.work, &other.merged]
+    }
+}
+
 /// Who owns the directories of a store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ownership {

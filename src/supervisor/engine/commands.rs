@@ -103,13 +103,10 @@ impl Engine {
             if entry.want == Want::Gone {
                 break;
             }
-            if entry.phase != Phase::Active {
+            if entry.phase != Phase::Active || entry.want != Want::Up {
                 entry.want(Want::Up);
-                if entry.op.is_none() {
-                    entry.phase = Phase::Inactive;
-                }
             }
-            entry.want = Want::Up;
+            entry.forget_failure();
             next = entry.spec.lower_name().cloned();
         }
         if let Some(entry) = self.entries.get_mut(name) {
@@ -138,7 +135,7 @@ impl Engine {
         self.entries
             .values()
             .filter(|entry| entry.spec.lower_name() == Some(name))
-            .filter(|entry| entry.mount != MountState::Absent || entry.op.is_some() || entry.phase == Phase::Active)
+            .filter(|entry| entry.mount != MountState::Absent || entry.op.is_some())
             .map(|entry| entry.spec.name.clone())
             .collect()
     }

@@ -17,7 +17,7 @@ use crate::supervisor::{
     handle::Event,
     machine::SwappedOut,
     operation::{Held, OperationError, Up},
-    plan::Want,
+    plan::{Phase, Want},
     status::Problem,
 };
 
@@ -153,8 +153,13 @@ impl Engine {
             entry.refreshes.owed.demand(up.changes, Rung::Probe, Instant::now());
         }
         self.is_held(name, Ok(up.held));
+        let now = Instant::now();
         for above in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
             above.try_again();
+            // One that was up all the time goes on with the superblock that was there before.
+            if above.phase == Phase::Active {
+                above.refreshes.owed.demand(Changes::lost(), Rung::Swap, now);
+            }
         }
     }
 
@@ -167,6 +172,7 @@ impl Engine {
             // All or nothing: it stays up and looked after.
             entry.want(Want::Up);
         } else {
+            entry.fail_at_what_is_seen();
             entry.retry_later(Instant::now());
             entry.problem(Problem::Busy, format!("it should be down and stays mounted: {why}; it is tried again"));
         }

@@ -15,7 +15,7 @@ use crate::supervisor::{
     Error,
     entry::{Entry, Op, answer},
     machine::{Begun, Machine},
-    plan::{Lower, Phase, Step, View, Want, plan},
+    plan::{Carries, Lower, Phase, Step, View, Want, plan},
     status::Problem,
 };
 
@@ -50,6 +50,11 @@ impl Engine {
                 if !self.step(&name, now) {
                     break;
                 }
+            }
+        }
+        for (name, entry) in &mut self.entries {
+            if let Some(asked) = entry.asked_anew() {
+                self.machine.keep_asked(name, asked);
             }
         }
         self.publish_all();
@@ -115,14 +120,18 @@ impl Engine {
             entry.spec.lower_name().map_or(Lower::Ready, |lower| self.lower_state(lower))
         };
         let goes_down = entry.want != Want::Up || entry.next.is_some();
-        let carries = goes_down && !self.on_top_of(name).is_empty();
+        let carries = if goes_down { self.carries(name) } else { Carries::Nothing };
         let Some(entry) = self.entries.get_mut(name) else { return false };
+        let ours = !(goes_down || lower == Lower::Leaving) || self.machine.is_ours(&entry.spec.mount_unit);
+        if !ours {
+            entry.take_next_in_place();
+        }
         let view = View {
             want: entry.want,
             lower,
             respecify: entry.next.is_some(),
             carries,
-            ours: !(goes_down || lower == Lower::Leaving) || self.machine.is_ours(&entry.spec.mount_unit),
+            ours,
             repair: entry.retries.may_repair(now),
             retry: entry.retries.is_allowed(),
             serve: entry.is_to_be_served(),
@@ -169,6 +178,11 @@ impl Engine {
                 let service = entry.spec.service();
                 self.begin(name, Op::Serve, Machine::serve, |result| Done::Served(service, result));
                 false
+            }
+            Step::Refuse => {
+                let above: Vec<_> = self.on_top_of(name).iter().map(ToString::to_string).collect();
+                self.is_busy(name, &format!("it is the lower store of {}, which stays mounted", above.join(" and ")));
+                true
             }
             Step::Stop => {
                 self.begin(name, Op::Stop, Machine::stop, Done::Stopped);
@@ -232,10 +246,36 @@ impl Engine {
             .any(|other| other.spec.name != entry.spec.name && other.spec.shares_directories_with(&entry.spec))
     }
 
+    /// The stores that lie on a store and are mounted, or may be.
+    fn carries(&self, name: &StoreName) -> Carries {
+        let above = self.on_top_of(name);
+        let is_not_ours = |entry: &Entry| {
+            matches!(entry.mount, MountState::Mounted { .. }) && !self.machine.is_ours(&entry.spec.mount_unit)
+        };
+        // For a store that comes back they make way, and for one that does not they go only if they are to.
+        let comes_back = self.entries.get(name).is_some_and(|entry| entry.want == Want::Up);
+        let stays = |name: &StoreName| {
+            let entry = self.entries.get(name).filter(|entry| entry.op.is_none());
+            let is_to_stay = |entry: &Entry| !comes_back && entry.want == Want::Up && entry.next.is_none();
+            entry.is_some_and(|entry| entry.is_given_up() || is_not_ours(entry) || is_to_stay(entry))
+        };
+        match &above[..] {
+            [] => Carries::Nothing,
+            above if above.iter().any(stays) => Carries::Staying,
+            _ => Carries::Leaving,
+        }
+    }
+
     pub(super) fn lower_state(&self, lower: &StoreName) -> Lower {
         match self.entries.get(lower) {
+            // As long as it hangs, is in use, or is not the daemon's to take down, nobody knows how long it will be.
+            Some(entry) if entry.next.is_some() && (entry.stuck.is_some() || entry.cannot_go()) => Lower::Unavailable,
             Some(entry) if entry.next.is_some() => Lower::Leaving,
-            Some(entry) if entry.phase == Phase::Active => Lower::Ready,
+            Some(entry) if entry.want != Want::Up => Lower::Unavailable,
+            // On its way down it would be gone from beneath what was begun on it.
+            Some(entry) if entry.phase == Phase::Active && !matches!(entry.op, Some(Op::Stop | Op::Release)) => {
+                Lower::Ready
+            }
             Some(entry) if entry.stuck.is_none() && entry.is_coming_up() => Lower::Pending,
             Some(entry) if entry.op.is_some() && entry.stuck.is_none() => Lower::Pending,
             _ => Lower::Unavailable,

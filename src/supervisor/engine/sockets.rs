@@ -35,6 +35,10 @@ impl Engine {
                 }
                 Some(SocketState::Stopped) | None => "somebody has stopped its socket".to_owned(),
             };
+            if entry.serving.has_daemon_since(asked) {
+                // What was made meanwhile may be gone already.
+                self.machine.look_at_sockets();
+            }
             if is_served {
                 entry.serving.failed(now);
                 entry.problem(Problem::DaemonFailed, format!("its Nix daemon: {why}; it is started again"));

@@ -55,11 +55,12 @@ fn stick(entry: &mut Entry, spot: Spot, machine: &dyn Machine) {
     entry.stuck = Some(message.clone());
     entry.problem(Problem::Stuck, message.clone());
     let name: StoreName = entry.spec.name.clone();
-    if !entry.waiting.stopping.is_empty() && entry.want == Want::Down && entry.op != Some(Op::Stop) {
-        // A stop that is refused has no effect, now or later.
+    let is_stop_refused = !entry.waiting.stopping.is_empty() && entry.want == Want::Down && entry.op != Some(Op::Stop);
+    entry.waiting.answer_all(&Error::Stuck(name, message));
+    if is_stop_refused {
+        // It has no effect, now or later.
         entry.want(Want::Up);
     }
-    entry.waiting.answer_all(&Error::Stuck(name, message));
 }
 
 fn go_on(entry: &mut Entry, now: Instant) {

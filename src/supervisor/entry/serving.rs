@@ -70,6 +70,11 @@ impl Serving {
         matches!(self.made, Made::Daemon(_)) && self.since.is_some_and(|since| since < time)
     }
 
+    /// Whether it has one that was not there yet at a time, or may not have been.
+    pub(in crate::supervisor) fn has_daemon_since(&self, time: Instant) -> bool {
+        matches!(self.made, Made::Daemon(_)) && !self.had_daemon_at(time)
+    }
+
     /// Has it seen to again, after a pause that grows with each failure.
     pub(in crate::supervisor) fn failed(&mut self, now: Instant) {
         self.made = Made::Unknown;

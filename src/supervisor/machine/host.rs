@@ -6,6 +6,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use layered_stores_model::{
@@ -28,7 +29,7 @@ use layered_stores_overlay::{
 use rustix::io::Errno;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::mpsc::WeakSender,
+    sync::{Notify, mpsc::WeakSender},
 };
 
 use super::{Begun, Guard, Later, Machine, Operated, Refreshed, Refreshing, SwappedOut};
@@ -44,6 +45,9 @@ use crate::{
     },
     systemd::{self, FdStore, Units, mount_unit},
 };
+
+/// How long systemd is left alone that has not told how sockets are.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// What a daemon is told when it starts.
 #[derive(Clone, Debug)]
@@ -64,6 +68,7 @@ pub struct Host {
     mounts: MountMonitor,
     /// Tells of changes of layers; made when the first is watched.
     layers: OnceLock<AsyncFd<OwnedFd>>,
+    sockets_changed: Arc<Notify>,
 }
 
 impl Host {
@@ -76,7 +81,13 @@ impl Host {
         let records = records.since(units.soft_reboots());
         let (watches, left) = (Arc::<Watches>::default(), Arc::<Left>::default());
         let tools = Tools { units, watches, left, records, threads: Threads::new().await? };
-        Ok(Self { settings, tools, mounts: MountMonitor::open().await?, layers: OnceLock::new() })
+        Ok(Self {
+            settings,
+            tools,
+            mounts: MountMonitor::open().await?,
+            layers: OnceLock::new(),
+            sockets_changed: Arc::default(),
+        })
     }
 
     /// Where stores keep what the configuration gives no place of its own.
@@ -127,7 +138,11 @@ impl Machine for Host {
     }
 
     fn watch_sockets(&self, engine: WeakSender<Command>) -> Later<'static, ()> {
-        Box::pin(watch_sockets(self.tools.units.clone(), engine))
+        Box::pin(watch_sockets(self.tools.units.clone(), Arc::clone(&self.sockets_changed), engine))
+    }
+
+    fn look_at_sockets(&self) {
+        self.sockets_changed.notify_one();
     }
 
     fn is_ours(&self, unit: &MountUnitName) -> bool {
@@ -158,6 +173,10 @@ impl Machine for Host {
     fn recall(&self, declared: Vec<StoreSpec>) -> Later<'static, Result<Known, RecordError>> {
         let records = self.tools.records.clone();
         blocking(move || records.known(&declared))
+    }
+
+    fn keep_asked(&self, name: &StoreName, up: Option<bool>) {
+        self.tools.records.keep_asked(name, up);
     }
 
     fn swapped_out(&self) -> Vec<(StoreName, Arc<dyn SwappedOut>)> {
@@ -244,8 +263,8 @@ fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Lat
 }
 
 /// Tells the engine how sockets are, each time one has changed.
-async fn watch_sockets(units: Units, engine: WeakSender<Command>) {
-    let mut changes = match units.socket_changes().await {
+async fn watch_sockets(units: Units, changed: Arc<Notify>, engine: WeakSender<Command>) {
+    let mut changes = match units.socket_changes(Arc::clone(&changed)).await {
         Ok(changes) => changes,
         Err(error) => {
             tracing::warn!("what becomes of the sockets of Nix daemons goes unseen: {error}");
@@ -256,7 +275,9 @@ async fn watch_sockets(units: Units, engine: WeakSender<Command>) {
         let (asked, sockets) = match changes.next().await {
             Ok(seen) => seen,
             Err(error) => {
-                tracing::warn!("systemd does not tell how the sockets of Nix daemons are: {error}");
+                tracing::warn!("systemd does not tell how the sockets of Nix daemons are: {error}; it is asked again");
+                tokio::time::sleep(ASK_AGAIN).await;
+                changed.notify_one();
                 continue;
             }
         };

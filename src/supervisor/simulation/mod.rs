@@ -1,0 +1,442 @@
+//! The engine on a simulated machine, driven through orders of events that no real machine would show.
+//!
+//! Time is simulated as well (tokio's paused clock): what takes half an hour takes a millisecond. A daemon can be killed between
+//! any two steps of anything, and the next one finds the machine as it was left.
+
+mod machine;
+mod named;
+mod operations;
+mod properties;
+mod world;
+
+use std::{fmt::Write as _, sync::Arc, time::Duration};
+
+use layered_stores_model::{StoreName, StoreSpec};
+use layered_stores_overlay::mountinfo::MountState;
+use machine::Simulated;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::Instant,
+};
+use world::{NAMES, STATE_DIR, World};
+
+use super::{Asker, Command, Engine, Error, Event as News, Handle, State, Status, entry::Reply};
+use crate::systemd::SocketState;
+
+/// The user who owns all stores.
+const OWNER: u32 = 1000;
+
+/// Whoever asks for something is answered by then, whatever hangs: a start has to wait for the store underneath, which may have
+/// to be given up on first.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// By then everything has come to rest that can: what failed is tried again after a quarter of an hour at the latest.
+const REST: Duration = Duration::from_secs(40 * 60);
+
+/// How a store is declared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Declared {
+    there: bool,
+    autostart: bool,
+    /// With another mount option, which takes a restart of the store.
+    noatime: bool,
+    /// With a Nix daemon.
+    daemon: bool,
+}
+
+/// Something that befalls the daemon or its machine. Numbers are those of stores.
+#[derive(Clone, Debug)]
+enum Event {
+    Start(usize),
+    Stop(usize),
+    Remount(usize, Asker),
+    Verify(usize),
+    RemoveData(usize),
+    Reload([Declared; 3]),
+    /// A name of a layer changes: whether only a swap helps, and whether the daemon is told.
+    Change(usize, u8, bool, bool),
+    /// Somebody takes a store's mount away.
+    Unmount(usize),
+    /// Somebody mounts something else at a store's place.
+    MountForeign(usize),
+    /// And takes it away again.
+    UnmountForeign(usize),
+    /// Somebody mounts the store by hand.
+    MountByHand(usize),
+    Hang(usize),
+    GoOn(usize),
+    /// What is done next about a store fails so often.
+    Fail(usize, u32),
+    /// Whether somebody has files of it open.
+    Use(usize, bool),
+    Left(usize, usize),
+    Full(usize, bool),
+    SocketFails(usize),
+    /// The daemon is killed, and started again.
+    Kill,
+    /// It is stopped as it should be, and started again.
+    Restart,
+    Wait(Duration),
+}
+
+fn name(number: usize) -> StoreName {
+    NAMES[number].parse().expect("valid")
+}
+
+/// The text of a configuration.
+fn configuration(declared: &[Declared; 3]) -> String {
+    let mut text = String::new();
+    for (number, store) in declared.iter().enumerate().filter(|(_, store)| store.there) {
+        // One that lies on a store that is not declared would be a mistake.
+        let lower = if number == 2 && declared[0].there { "layered:a" } else { "/lower" };
+        let _ =
+            write!(text, "[stores.{}]\nlower-store = \"{lower}\"\nautostart = {}\n", NAMES[number], store.autostart);
+        if store.noatime {
+            text.push_str("mount-options = [\"noatime\"]\n");
+        }
+        if store.daemon {
+            text.push_str("[stores.");
+            let _ = writeln!(text, "{}.daemon]", NAMES[number]);
+        }
+    }
+    text
+}
+
+/// A daemon that runs on the simulated machine.
+struct Daemon {
+    handle: Handle,
+    engine: JoinHandle<std::io::Result<()>>,
+    stop: oneshot::Sender<()>,
+    news: mpsc::UnboundedReceiver<News>,
+}
+
+/// Somebody who has asked for something.
+struct Waiter {
+    what: String,
+    since: Instant,
+    answer: JoinHandle<Result<(), Error>>,
+}
+
+/// The machine, its daemon, and everybody else.
+struct Play {
+    world: Arc<World>,
+    daemon: Daemon,
+    waiters: Vec<Waiter>,
+}
+
+impl Play {
+    async fn begin(seed: u64, can_swap: bool, declared: &[Declared; 3]) -> Self {
+        let world = World::new(seed, can_swap);
+        world.lock().configuration = configuration(declared);
+        let daemon = Daemon::start(&world).await;
+        Self { world, daemon, waiters: Vec::new() }
+    }
+
+    fn ask<T: Send + 'static>(&mut self, what: String, command: impl FnOnce(Reply<T>) -> Command + Send + 'static) {
+        let handle = self.daemon.handle.clone();
+        let answer = tokio::spawn(async move { handle.ask(command).await.map(drop) });
+        self.waiters.push(Waiter { what, since: Instant::now(), answer });
+    }
+
+    /// The configured specification of a store.
+    fn spec(&self, name: &StoreName) -> Option<StoreSpec> {
+        self.world.lock().config().stores.into_iter().find(|spec| spec.name == *name)
+    }
+
+    /// The specification with which a store is or was last up.
+    fn spec_in_force(&self, name: &StoreName) -> Option<StoreSpec> {
+        let recorded = self.world.lock().store(name).record.as_deref().cloned();
+        recorded.or_else(|| self.spec(name))
+    }
+
+    async fn befall(&mut self, event: Event) {
+        let world = Arc::clone(&self.world);
+        match event {
+            Event::Start(of) => self.ask(format!("start {of}"), move |reply| Command::Start(name(of), reply)),
+            Event::Stop(of) => self.ask(format!("stop {of}"), move |reply| Command::Stop(name(of), reply)),
+            Event::Remount(of, asker) => {
+                self.ask(format!("remount {of} for {asker:?}"), move |reply| Command::Remount(name(of), asker, reply));
+            }
+            Event::Verify(of) => self.ask(format!("verify {of}"), move |reply| Command::Verify(name(of), reply)),
+            Event::RemoveData(of) => {
+                world.lock().store(&name(of)).may_be_emptied = true;
+                self.ask(format!("remove-data {of}"), move |reply| Command::RemoveData(name(of), reply));
+            }
+            Event::Reload(declared) => {
+                world.lock().configuration = configuration(&declared);
+                self.ask("reload".to_owned(), Command::Reload);
+            }
+            Event::Change(of, path, needs_swap, is_seen) => {
+                let path = format!("path-{path}");
+                let mut world = world.lock();
+                world.change(&name(of), &path, needs_swap, is_seen);
+                let is_on_it = |spec: &StoreSpec| spec.lower_name() == Some(&name(of));
+                if let Some(above) = world.config().stores.into_iter().find(is_on_it) {
+                    // Its lower store is a merged directory, of which no watch tells what its layers have got.
+                    let above = world.store(&above.name);
+                    above.version += 1;
+                    above.stale.insert(path.into(), needs_swap);
+                    above.lost |= needs_swap && !is_seen;
+                }
+            }
+            Event::Unmount(of) => {
+                if let Some(spec) = self.spec_in_force(&name(of)) {
+                    world.lock().unmount(spec.layers.merged.as_str(), |mount| mount.layers.is_some());
+                }
+            }
+            Event::MountForeign(of) => {
+                if let Some(spec) = self.spec_in_force(&name(of)) {
+                    world.lock().mount(spec.layers.merged.as_str(), None);
+                }
+            }
+            Event::UnmountForeign(of) => {
+                if let Some(spec) = self.spec_in_force(&name(of)) {
+                    world.lock().unmount(spec.layers.merged.as_str(), |mount| mount.layers.is_none());
+                }
+            }
+            Event::MountByHand(of) => {
+                if let Some(spec) = self.spec(&name(of)) {
+                    let mut world = world.lock();
+                    if world.state(&spec.layers) == MountState::Absent {
+                        world.mount(spec.layers.merged.as_str(), Some(spec.layers.clone()));
+                        let store = world.store(&name(of));
+                        store.stale.clear();
+                        (store.behind, store.lost) = (false, false);
+                    }
+                }
+            }
+            Event::Hang(of) => world.lock().store(&name(of)).hangs = true,
+            Event::GoOn(of) => world.lock().store(&name(of)).hangs = false,
+            Event::Fail(of, times) => world.lock().store(&name(of)).failures = times,
+            Event::Use(of, is_used) => world.lock().store(&name(of)).in_use = is_used,
+            Event::Left(of, left) => world.lock().store(&name(of)).left = left,
+            Event::Full(of, is_full) => world.lock().store(&name(of)).full = is_full,
+            Event::SocketFails(of) => {
+                if let Some(socket) = world.lock().sockets.get_mut(&name(of)) {
+                    *socket = SocketState::Failed("trigger-limit-hit".to_owned());
+                }
+                world.sockets_changed.notify_one();
+            }
+            Event::Kill => {
+                self.daemon.engine.abort();
+                let _ = (&mut self.daemon.engine).await;
+                self.daemon = Daemon::start(&world).await;
+            }
+            Event::Restart => {
+                let begun = Instant::now();
+                let (stop, _) = oneshot::channel();
+                let _ = std::mem::replace(&mut self.daemon.stop, stop).send(());
+                let ended = (&mut self.daemon.engine).await;
+                if !matches!(ended, Ok(Ok(()))) || begun.elapsed() > Duration::from_secs(3) {
+                    world.blame(format!("the daemon ended with {ended:?} after {:?}", begun.elapsed()));
+                }
+                self.daemon = Daemon::start(&world).await;
+            }
+            Event::Wait(time) => tokio::time::sleep(time).await,
+        }
+        // Whoever waits for news of these looks at all of them.
+        self.world.mounts_changed.notify_one();
+        self.world.layers_changed.notify_one();
+        self.world.goes_on.notify_waiters();
+        self.look().await;
+    }
+
+    /// Looks whether something is wrong already.
+    async fn look(&mut self) {
+        tokio::task::yield_now().await;
+        if self.daemon.engine.is_finished() {
+            self.world.blame("the engine has ended".to_owned());
+        }
+        self.waiters.retain(|waiter| !waiter.answer.is_finished());
+        for waiter in self.waiters.iter().filter(|waiter| waiter.since.elapsed() > PATIENCE) {
+            self.world.blame(format!("whoever asked for {} still waits", waiter.what));
+        }
+        while self.daemon.news.try_recv().is_ok() {}
+    }
+
+    /// Has all that is in the way go away, and everything come to rest.
+    async fn rest(&mut self) {
+        for of in 0..NAMES.len() {
+            let mut world = self.world.lock();
+            let store = world.store(&name(of));
+            (store.hangs, store.failures, store.in_use, store.left, store.full) = (false, 0, false, 0, false);
+            drop(world);
+            while self.spec_in_force(&name(of)).is_some_and(|spec| {
+                let point = spec.layers.merged.as_str();
+                self.world.lock().unmount(point, |mount| mount.layers.is_none()).is_some()
+            }) {}
+        }
+        self.befall(Event::Wait(Duration::ZERO)).await;
+        self.befall(Event::Wait(REST)).await;
+        if let Some(waiter) = self.waiters.first() {
+            self.world.blame(format!("whoever asked for {} waits for ever", waiter.what));
+        }
+    }
+
+    fn status(&self, name: &StoreName) -> Option<Status> {
+        self.daemon.handle.store(name.as_str()).ok().map(|cell| cell.get())
+    }
+
+    /// What all stores have come to, in words that can be compared.
+    fn come_to(&self) -> Vec<String> {
+        let of = |number| {
+            let name = name(number);
+            // What somebody else has mounted is left alone, and what one daemon knows of it the next need not.
+            let is_theirs = self.spec_in_force(&name).is_some_and(|spec| {
+                let mut world = self.world.lock();
+                world.state(&spec.layers) != MountState::Absent && !world.store(&name).unit
+            });
+            match self.status(&name) {
+                _ if is_theirs => format!("{name}: theirs"),
+                Some(status) if status.declared || self.world.lock().store(&name).unit => {
+                    format!("{name}: {}", status.state)
+                }
+                _ => format!("{name}: gone"),
+            }
+        };
+        (0..NAMES.len()).map(of).collect()
+    }
+
+    /// Looks whether everything at rest is as it is said to be.
+    fn check(&self) {
+        for of in 0..NAMES.len() {
+            let name = name(of);
+            let Some(status) = self.status(&name) else {
+                self.check_gone(&name);
+                continue;
+            };
+            let declared = self.spec(&name);
+            let mut wrong = Vec::new();
+            let mut world = self.world.lock();
+            let mount = world.state(&status.spec.layers);
+            let served = world.sockets.get(&name).cloned();
+            let can_swap = world.can_swap;
+            let store = world.store(&name);
+            let is_mounted = matches!(mount, MountState::Mounted { twice: false, .. });
+            match status.state {
+                State::Active => {
+                    wrong.extend((!is_mounted).then_some("it is not mounted"));
+                    wrong.extend((!store.locked).then_some("it is not locked"));
+                    wrong.extend(store.record.is_none().then_some("it has no record"));
+                    let is_served = served == Some(SocketState::Listening);
+                    wrong.extend(
+                        (is_served != status.spec.daemon.is_some()).then_some("its Nix daemon is not as declared"),
+                    );
+                    let stale = store.stale.values().any(|needs_swap| !*needs_swap);
+                    wrong.extend(stale.then_some("a path is stale that a reconfigure cures"));
+                    let stale = can_swap && !store.lost && (store.behind || !store.stale.is_empty());
+                    wrong.extend(stale.then_some("a path is stale that a swap cures"));
+                }
+                State::Inactive => {
+                    wrong.extend((mount != MountState::Absent).then_some("it is mounted"));
+                    wrong.extend(store.locked.then_some("it is locked"));
+                }
+                // Given up on until somebody asks.
+                State::Failed => {}
+                State::Activating | State::Deactivating => wrong.push("it is not at rest"),
+            }
+            let is_busy = status.problems.iter().any(|(problem, _)| *problem == super::Problem::Busy);
+            match declared {
+                Some(spec) if is_mounted && store.unit && *status.spec != spec && !is_busy => {
+                    wrong.push("it is not as declared");
+                }
+                None if store.unit && !is_busy => wrong.push("it is declared no more, and not gone"),
+                _ => {}
+            }
+            wrong.extend(store.busy_with.is_some().then_some("something is being done about it"));
+            let stuck = status.problems.iter().any(|(problem, _)| *problem == super::Problem::Stuck);
+            wrong.extend(stuck.then_some("it is said to be stuck"));
+            drop(world);
+            for wrong in wrong {
+                let problems = &status.problems;
+                let reason = &status.state_reason;
+                self.world.blame(format!("{name} is {} ({reason}), {problems:?}, {mount:?}: {wrong}", status.state));
+            }
+        }
+    }
+
+    /// Looks whether nothing is left of a store that the daemon does not know. What could not be undone is for the
+    /// next daemon, which the record tells of it.
+    fn check_gone(&self, name: &StoreName) {
+        let mut world = self.world.lock();
+        let store = world.store(name);
+        let is_left = store.locked || (store.unit && store.record.is_none());
+        let text = format!("{name} is forgotten, and not all is undone: {store:?}");
+        if is_left {
+            world.violations.push(text);
+        }
+    }
+
+    /// Has everybody start what is declared, and refresh it, after which all is as it should be.
+    async fn put_right(&mut self) {
+        for of in 0..NAMES.len() {
+            if self.spec(&name(of)).is_some() {
+                self.befall(Event::Start(of)).await;
+                self.befall(Event::Wait(PATIENCE)).await;
+                self.befall(Event::Remount(of, Asker::Root)).await;
+                self.befall(Event::Wait(PATIENCE)).await;
+            }
+        }
+        self.befall(Event::Wait(PATIENCE)).await;
+        for of in 0..NAMES.len() {
+            let name = name(of);
+            let (Some(_), Some(status)) = (self.spec(&name), self.status(&name)) else { continue };
+            let mut world = self.world.lock();
+            let (can_swap, store) = (world.can_swap, world.store(&name));
+            let is_right = store.stale.is_empty() && !store.behind || !can_swap;
+            let text = format!("{name} is {} ({}) after all: {store:?}", status.state, status.state_reason);
+            let is_theirs = status.problems.iter().any(|(problem, _)| *problem == super::Problem::NotOurs);
+            if (status.state != State::Active && !is_theirs) || !is_right {
+                world.violations.push(text);
+            }
+        }
+        self.check();
+    }
+
+    /// What must not have happened.
+    fn violations(&self) -> Vec<String> {
+        self.world.lock().violations.clone()
+    }
+}
+
+impl Daemon {
+    async fn start(world: &Arc<World>) -> Self {
+        let (events, news) = mpsc::unbounded_channel();
+        let state_dir = STATE_DIR.parse().expect("valid");
+        let config = world.lock().config();
+        let machine = Arc::new(Simulated(Arc::clone(world)));
+        let (engine, handle) = Engine::on(machine, state_dir, config, events).await.expect("an engine");
+        let (stop, stops) = oneshot::channel();
+        let stops = async move {
+            // Whoever drops the sender has something else in mind.
+            if stops.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        Self { handle, engine: tokio::spawn(engine.run(stops, None, || {})), stop, news }
+    }
+}
+
+/// Plays events, and returns what must not have happened.
+fn play(seed: u64, can_swap: bool, declared: &[Declared; 3], events: Vec<Event>) -> Vec<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    runtime.expect("a runtime").block_on(async {
+        let mut play = Play::begin(seed, can_swap, declared).await;
+        for event in events {
+            play.befall(event).await;
+        }
+        play.rest().await;
+        play.check();
+        let before = play.come_to();
+        play.befall(Event::Kill).await;
+        play.rest().await;
+        play.check();
+        let after = play.come_to();
+        if before != after {
+            play.world.blame(format!("{before:?} was {after:?} after a restart"));
+        }
+        play.put_right().await;
+        play.violations()
+    })
+}
