@@ -24,6 +24,8 @@ in
 rec {
   # Where the daemon keeps what is given no place of its own.
   stateDir = "/var/lib/layered-stores";
+  defaultDirectory = name: tail: "${stateDir}/stores/${name}/${tail}";
+  defaultSocketPath = name: "/run/layered-stores/${name}/daemon.sock";
 
   # A path and all directories above it, the path first, without the root directory.
   ancestors =

@@ -1,4 +1,4 @@
-# What can be declared.
+# What can be declared. The options that are keys of the configuration are in keys.nix.
 {
   config,
   lib,
@@ -11,106 +11,27 @@ let
   inherit (lib) mkOption types;
   inherit (utils.systemdUtils.unitOptions) unitOption;
   cfg = config.services.layeredStores;
+  keys = import ./keys.nix { inherit lib; };
   settingsLib = import ./settings.nix { inherit lib; };
   toml = pkgs.formats.toml { };
   resolved = settingsLib.resolveAll cfg.settings;
 
-  # What a nix.conf(5) can hold.
-  nixSetting = types.oneOf [
-    types.bool
-    types.int
-    types.str
-    (types.listOf types.str)
-  ];
+  # As `mkEnableOption` puts it.
+  switch =
+    description:
+    lib.mkEnableOption (
+      lib.toLower (lib.substring 0 1 description)
+      + lib.removeSuffix "." (lib.substring 1 (-1) description)
+    );
 
-  # As a string, or as Nix writes a path. Nixpkgs 24.05 has no types.externalPath.
-  outside = path: lib.hasPrefix "/" path && !lib.hasPrefix "${builtins.storeDir}/" path;
-  path = types.coercedTo types.path toString (types.addCheck types.str outside) // {
-    description = "absolute path outside of the Nix store";
-    descriptionClass = "noun";
-  };
-
-  mode = types.strMatching "[0-7]{3,4}" // {
-    description = "mode of three or four octal digits";
-    descriptionClass = "noun";
-  };
-
-  size = types.strMatching "0*[1-9][0-9]*[KMGT]?|([1-9][0-9]?|100)%" // {
-    description = "size (\"2G\", \"25%\")";
-    descriptionClass = "noun";
-  };
-
-  daemon = name: {
-    enable = lib.mkEnableOption ''
-      a Nix daemon for this store: whoever may use it builds with
-      `--store "$(layered-stores uri --daemon NAME)"` and needs no rights of their own.
-      It is started by the first connection to its socket, which is there as long as the store is
-      active'';
-
-    socketPath = mkOption {
-      type = path;
-      default = settingsLib.defaultSocketPath name;
-      defaultText = "/run/layered-stores/‹name›/daemon.sock";
-      example = "/run/ci-store.sock";
-      description = "The Unix socket on which the Nix daemon of this store listens.";
-    };
-
-    socketMode = mkOption {
-      type = mode;
-      default = settingsLib.defaultSocketMode;
-      example = "0660";
-      description = ''
-        The mode of the socket, in octal digits. Nix itself decides by
-        {option}`daemon.allowedUsers` and {option}`daemon.allowedGroups`; a narrower mode keeps
-        others from connecting at all.
-      '';
-    };
-
-    allowedUsers = mkOption {
-      type = types.listOf types.str;
-      default = [ ];
-      example = [ "alice" ];
-      description = ''
-        Users who may use this store's Nix daemon; `"*"` is everybody. If neither this nor
-        {option}`daemon.allowedGroups` names anybody, nobody but
-        {option}`daemon.trustedUsers` may.
-      '';
-    };
+  daemon = {
+    enable = switch keys.words.daemon.description;
 
     allowedGroups = mkOption {
       type = types.listOf types.str;
       default = [ ];
       example = [ "ci" ];
       description = "Groups whose members may use this store's Nix daemon.";
-    };
-
-    trustedUsers = mkOption {
-      type = types.listOf types.str;
-      default = settingsLib.defaultTrustedUsers;
-      example = [
-        "root"
-        "@wheel"
-      ];
-      description = ''
-        Users, and groups as `"@group"`, whom this store's Nix daemon trusts: they may import
-        what nobody has signed and change the daemon's settings for themselves. That is as good as
-        being who the daemon runs as: root, or the {option}`owner` of the store, if it has one.
-      '';
-    };
-
-    settings = mkOption {
-      type = types.attrsOf nixSetting;
-      default = { };
-      example = {
-        max-jobs = 2;
-        substituters = [ ];
-        extra-experimental-features = [ "ca-derivations" ];
-      };
-      description = ''
-        Further settings of this store's Nix daemon, as in {manpage}`nix.conf(5)`; they win over
-        {option}`nix.settings`, which holds for it as well. What a layered store needs,
-        experimental features among it, is set without being asked for.
-      '';
     };
 
     serviceConfig = mkOption {
@@ -136,145 +57,14 @@ let
   store =
     { name, ... }:
     {
-      options = {
-        lowerStore = mkOption {
-          type = types.nullOr (types.coercedTo types.path toString types.str);
-          default = null;
-          example = "daemon";
-          description = ''
-            The store underneath, which is never written to. One of
-
-            - `"daemon"`, this machine's own store through its Nix daemon, or `"local"`, the same
-              directly;
-            - the root directory of a store: the store objects of `"/srv/base"` are in
-              `/srv/base/nix/store`. With `?read-only=true` behind it its database is opened
-              without being written to, which takes Nix's experimental feature
-              `read-only-local-store`;
-            - another URL of a Nix store that has a directory on this machine;
-            - `"layered:NAME"` for the store of that name here. One level of this works; the
-              kernel stacks no more.
-
-            It has to be named, here or in {option}`services.layeredStores.settings`.
-          '';
-        };
-
-        root = mkOption {
-          type = path;
-          default = settingsLib.defaultDirectory name "root";
-          defaultText = "/var/lib/layered-stores/stores/‹name›/root";
-          example = "/srv/ci/root";
-          description = ''
-            The root of the layered store: both layers are merged in `nix/store` below it, and
-            Nix's database is in `nix/var/nix`.
-          '';
-        };
-
-        upperLayer = mkOption {
-          type = path;
-          default = settingsLib.defaultDirectory name "upper";
-          defaultText = "/var/lib/layered-stores/stores/‹name›/upper";
-          example = "/srv/ci/upper";
-          description = ''
-            The directory with what the store adds. Its filesystem needs extended attributes.
-          '';
-        };
-
-        workDir = mkOption {
-          type = path;
-          default = settingsLib.defaultDirectory name "work";
-          defaultText = "/var/lib/layered-stores/stores/‹name›/work";
-          example = "/srv/ci/work";
-          description = ''
-            OverlayFS's scratch space. It has to be on the same mount as
-            {option}`upperLayer`.
-          '';
-        };
-
-        owner = mkOption {
-          type = types.nullOr types.str;
-          default = null;
-          example = "alice";
-          description = ''
-            Name or number of the user to whom upper layer and database belong; `null` is root.
-            This user may have the store remounted, and build into it without a Nix daemon.
-            Directories that exist are never given another owner.
-          '';
-        };
-
-        group = mkOption {
-          type = types.nullOr types.str;
-          default = null;
-          example = "builders";
-          description = ''
-            Name or number of their group; `null` is `nixbld` where it exists and the store is
-            root's, and else the owner's.
-          '';
-        };
-
-        mode = mkOption {
-          type = types.nullOr mode;
-          default = null;
-          example = "0755";
-          description = ''
-            Mode of the upper layer, in octal digits; `null` is `"1775"` with a group, or with
-            `nixbld` by default, and `"0755"` for others. Directories that exist are never given
-            another mode.
-          '';
-        };
-
-        autostart = mkOption {
-          type = types.bool;
-          default = true;
-          example = false;
-          description = ''
-            Whether the store is brought up without being asked for. If not,
-            `layered-stores start NAME` does.
-          '';
-        };
-
-        required = mkOption {
-          type = types.bool;
-          default = true;
-          example = false;
-          description = ''
-            Whether `layered-stores.target` is reached only once this store is active. A store
-            that does not come up keeps no other store, and not the system, from coming up.
-          '';
-        };
-
-        mountOptions = mkOption {
-          type = types.listOf (
-            types.enum [
-              "noatime"
-              "nodiratime"
-              "relatime"
-              "strictatime"
-              "noexec"
-            ]
-          );
-          default = [ ];
-          example = [ "noatime" ];
-          description = "Options of the store's mount. `nodev` and `nosuid` are always on.";
-        };
-
+      options = lib.recursiveUpdate (keys.options name) {
         ephemeral = {
           enable = lib.mkEnableOption ''
             throwing the store's content away: all of its directories lie on a filesystem in
             memory, and are gone with the next boot'';
-
-          size = mkOption {
-            type = types.nullOr (types.coercedTo types.ints.positive toString size);
-            default = null;
-            example = "2G";
-            description = ''
-              The most that the ephemeral store may take: bytes, with `K`, `M`, `G` or `T` behind
-              for powers of 1024, or a part of the memory such as `"25%"`. It has to be given
-              with {option}`ephemeral.enable`.
-            '';
-          };
         };
 
-        daemon = daemon name;
+        inherit daemon;
 
         remountUsers = mkOption {
           type = types.listOf types.str;
@@ -393,7 +183,7 @@ in
   # Also without `enable`: `uri` and others follow from it, and others may read them.
   config.services.layeredStores.settings = {
     stores = lib.mapAttrs (
-      name: store: lib.mapAttrsRecursive (_path: lib.mkDefault) (settingsLib.render name store)
+      name: store: lib.mapAttrsRecursive (_path: lib.mkDefault) (keys.table name store)
     ) cfg.stores;
   };
 }

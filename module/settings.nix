@@ -1,9 +1,14 @@
-# From the options to the daemon's configuration, and from a configuration to what follows from it.
+# What follows from a configuration.
 { lib }:
 
 let
   layered = import ./lib.nix { inherit lib; };
-  inherit (layered) readLowerStore stateDir;
+  inherit (layered)
+    defaultDirectory
+    defaultSocketPath
+    readLowerStore
+    stateDir
+    ;
 
   # A value of an attribute set that may not be one: `settings` is whatever a user has written.
   textOr =
@@ -14,48 +19,6 @@ let
     if lib.isString value then value else default;
 in
 rec {
-  defaultDirectory = name: tail: "${stateDir}/stores/${name}/${tail}";
-  defaultSocketPath = name: "/run/layered-stores/${name}/daemon.sock";
-  defaultSocketMode = "0666";
-  defaultTrustedUsers = [ "root" ];
-
-  # The table of a store. What is the daemon's own default is left out, so that a configuration says
-  # no more than its author did.
-  render =
-    name: store:
-    let
-      unless = default: key: value: lib.optionalAttrs (value != default) { ${key} = value; };
-      directory = tail: unless (defaultDirectory name tail);
-    in
-    unless null "lower-store" store.lowerStore
-    // directory "root" "root" store.root
-    // directory "upper" "upper-layer" store.upperLayer
-    // directory "work" "work-dir" store.workDir
-    // unless null "owner" store.owner
-    // unless null "group" store.group
-    // unless null "mode" store.mode
-    // unless true "required" store.required
-    // unless true "autostart" store.autostart
-    // unless [ ] "mount-options" store.mountOptions
-    // lib.optionalAttrs store.ephemeral.enable (unless null "ephemeral-size" store.ephemeral.size)
-    // lib.optionalAttrs store.daemon.enable { daemon = renderDaemon name store.daemon; };
-
-  renderDaemon =
-    name: daemon:
-    let
-      unless = default: key: value: lib.optionalAttrs (value != default) { ${key} = value; };
-      named = daemon.allowedUsers ++ map (group: "@${group}") daemon.allowedGroups;
-    in
-    {
-      # The daemon's own default lets everybody in. Whoever names nobody has not thought about it,
-      # and then nobody but the trusted users is let in.
-      allowed-users = if named == [ ] then daemon.trustedUsers else named;
-    }
-    // unless (defaultSocketPath name) "socket-path" daemon.socketPath
-    // unless defaultSocketMode "socket-mode" daemon.socketMode
-    // unless defaultTrustedUsers "trusted-users" daemon.trustedUsers
-    // unless { } "settings" daemon.settings;
-
   # What a store's table means, with every default filled in. Made for tables without mistakes, and
   # total for others, which are refused when the system is built.
   resolve =

@@ -5,12 +5,14 @@ use std::{fs, io, io::Write as _, path::Path};
 use clap::CommandFactory as _;
 use clap_complete::Shell;
 
+use layered_stores_model::{Declaration, NixDaemon, config::Key};
+
 use super::args::{Arguments, DaemonArguments, EXIT_STATUS, hook_command};
 
 /// The commands whose arguments are stores.
 const OF_STORES: &str = "status uri start stop remount verify remove-data wait enter";
 
-/// The example that is installed, which explains every key.
+/// The example that is installed.
 const EXAMPLE: &str = include_str!("../../data/config.toml");
 
 /// What is said below the commands; `\n` stays what it is, and nothing is filled.
@@ -60,10 +62,48 @@ fn configuration() -> String {
     let title = format!(".TH layered-stores.toml 5 \"\" \"layered-stores {}\"\n", env!("CARGO_PKG_VERSION"));
     let name = ".SH NAME\nlayered\\-stores.toml \\- which layered Nix stores there are\n";
     let description = ".SH DESCRIPTION\n/etc/layered\\-stores/config.toml declares layered Nix stores, in TOML, a table \
-                       for each. The example below has every key. \\fBlayered\\-stores check\\-config\\fR says what is \
+                       for each. \\fBlayered\\-stores check\\-config\\fR says what is \
                        wrong with a file, \\fBlayered\\-stores reload\\fR puts a change in force, all of it or nothing. What \
                        is refused, and why, is in the manual: docs/configuration.md.\n";
-    [title, name.to_owned(), description.to_owned(), examples(EXAMPLE), files(), see_also("layered-stores(1)")].concat()
+    let keys = [keys("[stores.NAME]", Declaration::KEYS), keys("[stores.NAME.daemon]", NixDaemon::KEYS)].concat();
+    let (examples, files, see) = (examples(EXAMPLE), files(), see_also("layered-stores(1)"));
+    [title, name.to_owned(), description.to_owned(), keys, examples, files, see].concat()
+}
+
+/// The keys of a table, with all that there is to say about them.
+fn keys(table: &str, keys: &[Key]) -> String {
+    let entry = |key: &Key| {
+        let (name, kind, default) = (prose(key.word()), prose(key.kind), prose(key.default));
+        let entry = format!(".TP\n\\fB{}\\fR\n{}", name.trim_end(), prose(key.description));
+        format!("{entry}.br\nType: {}. Default: {}.\n", kind.trim_end(), default.trim_end())
+    };
+    format!(".SH KEYS OF {}{}", verbatim(table), keys.iter().map(entry).collect::<String>())
+}
+
+/// Markdown, as far as the texts of keys have it: paragraphs, lists, code spans.
+fn prose(text: &str) -> String {
+    let line = |line: &str| match line.strip_prefix("- ") {
+        Some(item) => format!(".IP \\(bu 2\n{}", fonts(item)),
+        None => fonts(line),
+    };
+    let paragraph = |(number, text): (usize, &str)| {
+        let lines: String = text.lines().map(line).collect();
+        match (number, text.starts_with("- ")) {
+            // An item makes room in front of itself.
+            (_, true) => format!(".RS\n{lines}.RE\n"),
+            (0, false) => lines,
+            (_, false) => format!(".sp\n{lines}"),
+        }
+    };
+    text.split("\n\n").enumerate().map(paragraph).collect()
+}
+
+/// A line with its code spans in bold.
+fn fonts(line: &str) -> String {
+    let line = verbatim(line);
+    let mut parts = line.split('`');
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.zip(["\\fB", "\\fR"].iter().cycle()).fold(first, |line, (part, font)| line + font + part)
 }
 
 /// Text that stays as it is: no line is filled.
@@ -141,5 +181,26 @@ complete -F _layered__stores_with_names layered-stores
             "{script}complete -c layered-stores -n \"__fish_seen_subcommand_from {OF_STORES}\" -f -a \"(layered-stores \
              store-names 2>/dev/null)\"\n"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prose_is_what_roff_takes_for_it() {
+        let text = "A `key-a`, and\n\n- `\"x\"`;\n- .y.\n\n'z'";
+        let page = "A \\fBkey\\-a\\fR, and\n.RS\n.IP \\(bu 2\n\\fB\"x\"\\fR;\n.IP \\(bu 2\n\\&.y.\n.RE\n.sp\n\\&'z'\n";
+        assert_eq!(prose(text), page);
+    }
+
+    #[test]
+    fn the_manual_page_has_every_key() {
+        let page = configuration();
+        for key in Key::all() {
+            let heading = format!("\n.TP\n\\fB{}\\fR\n", key.word().replace('-', "\\-"));
+            assert!(page.contains(&heading), "{heading}");
+        }
     }
 }

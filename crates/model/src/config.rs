@@ -3,7 +3,8 @@
 //! Parsing is apart from reading files, so that the daemon, `check-config` and the tests see the same text in the
 //! same way. Every mistake in a text is reported, not only the first.
 
-mod fields;
+pub(crate) mod fields;
+pub(crate) mod keys;
 mod reader;
 
 use std::{
@@ -11,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use keys::Key;
 use toml::de::DeTable;
 
 use self::reader::{About, Reader};
@@ -24,25 +26,6 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/layered-stores";
 
 /// Where notes are kept until the next boot.
 pub const DEFAULT_RUNTIME_DIR: &str = "/run/layered-stores";
-
-/// The keys of `[stores.NAME]`.
-pub(crate) const STORE_KEYS: [&str; 12] = [
-    "lower-store",
-    "root",
-    "upper-layer",
-    "work-dir",
-    "owner",
-    "group",
-    "mode",
-    "required",
-    "autostart",
-    "mount-options",
-    "ephemeral-size",
-    "daemon",
-];
-
-/// The keys of `[stores.NAME.daemon]`.
-pub(crate) const DAEMON_KEYS: [&str; 5] = ["socket-path", "socket-mode", "allowed-users", "trusted-users", "settings"];
 
 /// What a configuration's defaults are made from.
 #[derive(Clone, Debug)]
@@ -213,11 +196,6 @@ mod tests {
                 "3:1: store \"ci\": unknown key \"lower\"; did you mean \"lower-store\"?",
             ),
             (
-                "[stores.ci]\nlower-store = \"/l\"\nquota = 1\n",
-                "3:1: store \"ci\": unknown key \"quota\"; the keys are lower-store, root, upper-layer, work-dir, \
-                 owner, group, mode, required, autostart, mount-options, ephemeral-size, daemon",
-            ),
-            (
                 "[stores.ci]\nlower-store = \"/l\"\nmount-options = [\"ro\"]\n",
                 "3:18: store \"ci\": mount-options: \"ro\" is not among the mount options that can be chosen: noatime, \
                  nodiratime, relatime, strictatime, noexec",
@@ -291,6 +269,14 @@ mod tests {
         ] {
             assert_eq!(mistakes(text), [expected], "{text}");
         }
+    }
+
+    #[test]
+    fn who_writes_something_else_is_told_which_keys_there_are() {
+        let keys: Vec<_> = crate::Declaration::KEYS.iter().map(Key::word).collect();
+        let expected = format!("3:1: store \"ci\": unknown key \"quota\"; the keys are {}", keys.join(", "));
+        assert_eq!(mistakes("[stores.ci]\nlower-store = \"/l\"\nquota = 1\n"), [expected]);
+        assert!(keys.starts_with(&["lower-store", "root"]) && keys.ends_with(&["daemon"]), "{keys:?}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Nothing here does I/O: everything can be tested with values alone.
 
 pub mod config;
+mod declaration;
 mod ephemeral;
 mod lower;
 mod mount_option;
@@ -15,6 +16,7 @@ mod spec;
 mod stack;
 mod unit_name;
 
+pub use declaration::Declaration;
 pub use ephemeral::{Ephemeral, EphemeralSize, NoSize};
 pub use lower::{LowerStore, LowerStoreError};
 pub use mount_option::{MountOption, UnknownMountOption};
@@ -23,7 +25,7 @@ pub use nix_daemon::{MAX_SOCKET_PATH_LEN, NixDaemon, refuse_setting, refuse_user
 pub use path::{AbsolutePath, PathError};
 pub use printable::{excerpt, printable, unprintable};
 pub use spec::{Layers, Ownership, Service, StoreSpec, url_parameter};
-pub use stack::{Conflict, Declaration, MAX_DEPTH, Reason, nearest, stack};
+pub use stack::{Conflict, MAX_DEPTH, Reason, nearest, stack};
 pub use unit_name::{MountUnitName, UnitNameTooLong};
 
 /// Where every Nix store this project layers believes its objects are.

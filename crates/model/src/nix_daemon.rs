@@ -4,7 +4,11 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use serde::{Deserialize, Serialize};
 
-use super::{AbsolutePath, StoreName, unprintable};
+use super::{
+    AbsolutePath, StoreName,
+    config::{Key, fields::Fields},
+    unprintable,
+};
 
 /// `sun_path` of a Unix socket's address, without the terminating zero (unix(7)).
 pub const MAX_SOCKET_PATH_LEN: usize = 107;
@@ -25,6 +29,77 @@ pub struct NixDaemon {
 }
 
 impl NixDaemon {
+    /// The keys of `[stores.NAME.daemon]`.
+    pub const KEYS: &[Key] = &[
+        Key {
+            name: "daemon.socket-path",
+            options: &["daemon.socketPath"],
+            kind: "path, at most 107 bytes",
+            default: "`/run/layered-stores/<name>/daemon.sock`",
+            example: "\"/run/ci-store.sock\"",
+            description: "The Unix socket on which the Nix daemon of this store listens.",
+            section: "",
+        },
+        Key {
+            name: "daemon.socket-mode",
+            options: &["daemon.socketMode"],
+            kind: "string of octal digits",
+            default: "`\"0666\"`",
+            example: "\"0660\"",
+            description: "The mode of the socket. Nix itself decides by `daemon.allowed-users`; a narrower mode \
+                          keeps others from connecting at all.",
+            section: "",
+        },
+        Key {
+            name: "daemon.allowed-users",
+            options: &["daemon.allowedUsers", "daemon.allowedGroups"],
+            kind: "list of strings",
+            default: "`[\"*\"]`",
+            example: "[\"@ci\", \"alice\"]",
+            description: "Users, and groups as `\"@group\"`, who may use this store's Nix daemon; `\"*\"` is everybody.",
+            section: "",
+        },
+        Key {
+            name: "daemon.trusted-users",
+            options: &["daemon.trustedUsers"],
+            kind: "list of strings",
+            default: "`[\"root\"]`",
+            example: "[\"root\", \"@wheel\"]",
+            description: "Users, and groups as `\"@group\"`, whom this store's Nix daemon trusts: they may import what nobody has \
+                          signed and change the daemon's settings for themselves. That is as good as being who the daemon runs \
+                          as: root, or the `owner` of the store, if it has one.",
+            section: "security.md#trusted-users",
+        },
+        Key {
+            name: "daemon.settings",
+            options: &["daemon.settings"],
+            kind: "table of strings, integers, true or false, and lists of strings",
+            default: "`{}`",
+            example: "{ max-jobs = 2, substituters = [], extra-experimental-features = [\"ca-derivations\"] }",
+            description: "Further settings of this store's Nix daemon, as in nix.conf(5); they win over the machine's own, which \
+                          hold for it as well. What a layered store needs, experimental features among it, is set without \
+                          being asked for.",
+            section: "",
+        },
+    ];
+
+    /// Reads the table. `None` after a mistake, which was reported.
+    pub(crate) fn read(fields: &mut Fields<'_, '_, '_>) -> Option<Self> {
+        let socket_path = fields.socket_path();
+        let socket_mode = fields.socket_mode();
+        let user = |text: &str| refuse_user(text).map_or_else(|| Ok(text.to_owned()), Err);
+        let allowed_users = fields.list("allowed-users", user);
+        let trusted_users = fields.list("trusted-users", user);
+        let settings = fields.settings();
+        Some(Self {
+            socket_path: socket_path?,
+            socket_mode: socket_mode.unwrap_or(0o666),
+            allowed_users: allowed_users.unwrap_or_else(|| vec!["*".to_owned()]),
+            trusted_users: trusted_users.unwrap_or_else(|| vec!["root".to_owned()]),
+            settings,
+        })
+    }
+
     /// Where the socket of a store's daemon is if nothing else is said.
     pub fn default_socket_path(name: &StoreName) -> String {
         format!("/run/layered-stores/{name}/daemon.sock")

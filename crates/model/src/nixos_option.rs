@@ -1,20 +1,24 @@
 //! Which option of the NixOS module a key of the configuration is written with.
 
+use std::fmt;
+
+use crate::config::Key;
+
 /// Where the module has its options (`module/options.nix`).
 const MODULE: &str = "services.layeredStores";
-
-/// The keys that are not written with the one option of their name. For all others `upper-layer` is `upperLayer`.
-const EXCEPTIONS: [(&str, &[&str]); 2] = [
-    ("daemon.allowed-users", &["daemon.allowedUsers", "daemon.allowedGroups"]),
-    ("ephemeral-size", &["ephemeral.size"]),
-];
 
 /// Settings of Nix, which the module takes under their own names.
 const NIX_SETTINGS: &str = "daemon.settings.";
 
 /// The options of a store that a key is written with, as people write them down.
 pub(crate) fn option(store: &str, key: &str) -> String {
-    let options = names(key).into_iter().map(|option| format!("{MODULE}.stores.{}.{option}", attribute(store)));
+    let below = |option: &dyn fmt::Display| format!("{MODULE}.stores.{}.{option}", attribute(store));
+    if let Some(setting) = key.strip_prefix(NIX_SETTINGS) {
+        return below(&format_args!("{NIX_SETTINGS}{}", attribute(setting)));
+    }
+    // No key is without a row; if one were, this is how it can be written.
+    let Some(key) = Key::all().find(|row| row.name == key) else { return setting(Some(store), key) };
+    let options = key.options.iter().map(|option| below(option));
     options.collect::<Vec<_>>().join(" or ")
 }
 
@@ -23,26 +27,6 @@ pub(crate) fn setting(store: Option<&str>, key: &str) -> String {
     let store = store.map(|store| format!("stores.{}.", attribute(store))).unwrap_or_default();
     let key = key.split('.').map(attribute).collect::<Vec<_>>().join(".");
     format!("{MODULE}.settings.{store}{key}")
-}
-
-fn names(key: &str) -> Vec<String> {
-    if let Some((_, options)) = EXCEPTIONS.iter().find(|(exception, _)| *exception == key) {
-        return options.iter().map(|&option| option.to_owned()).collect();
-    }
-    let name = match key.strip_prefix(NIX_SETTINGS) {
-        Some(setting) => format!("{NIX_SETTINGS}{}", attribute(setting)),
-        None => camel_case(key),
-    };
-    vec![name]
-}
-
-fn camel_case(key: &str) -> String {
-    let mut words = key.split('-');
-    let first = words.next().unwrap_or_default().to_owned();
-    words.fold(first, |name, word| {
-        let (initial, rest) = word.split_at(word.len().min(1));
-        name + &initial.to_ascii_uppercase() + rest
-    })
 }
 
 /// A name as Nix has it in an attribute path, in quotes where it needs them.
@@ -57,10 +41,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::{
-        MountOption,
-        config::{DAEMON_KEYS, STORE_KEYS},
-    };
+    use crate::MountOption;
 
     /// Made from the options of the module, which the scenario `module` holds.
     const REFERENCE: &str = include_str!("../../../docs/options.md");
@@ -81,13 +62,12 @@ mod tests {
     #[test]
     fn every_key_is_written_with_options_that_exist_and_every_option_writes_one() {
         // The table of the Nix daemon has keys of its own.
-        let of_store = STORE_KEYS.iter().filter(|&&key| key != "daemon").map(|&key| key.to_owned());
-        let keys = of_store.chain(DAEMON_KEYS.iter().map(|key| format!("daemon.{key}")));
-        let written: BTreeSet<_> = keys.flat_map(|key| names(&key)).collect();
+        let keys = Key::all().filter(|key| key.name != "daemon");
+        let written: BTreeSet<_> = keys.flat_map(|key| key.options.iter().copied()).collect();
         let heading =
             |line: &'static str| line.strip_prefix("## `services.layeredStores.stores.<name>.")?.strip_suffix('`');
         let options = REFERENCE.lines().filter_map(heading).filter(|option| !WITHOUT_KEY.contains(option));
-        assert_eq!(written, options.map(str::to_owned).collect());
+        assert_eq!(written, options.collect());
     }
 
     #[test]

@@ -6,40 +6,10 @@ use std::collections::BTreeMap;
 
 pub use conflict::{Conflict, Reason};
 
-use super::{
-    AbsolutePath, Ephemeral, Layers, LowerStore, MountOption, MountUnitName, NIX_STORE_DIR, NixDaemon, Ownership,
-    StoreName, StoreSpec,
-};
+use super::{AbsolutePath, Declaration, Layers, LowerStore, MountUnitName, NIX_STORE_DIR, StoreName, StoreSpec};
 
 /// `FILESYSTEM_MAX_STACK_DEPTH` of the kernel: an overlay on an overlay mounts, a third level is `EINVAL`.
 pub const MAX_DEPTH: usize = 2;
-
-/// A store as declared, before its references are resolved.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Declaration {
-    /// The store's name.
-    pub name: StoreName,
-    /// The lower store as declared.
-    pub lower_store: LowerStore,
-    /// The root of the store.
-    pub root: AbsolutePath,
-    /// The upper layer.
-    pub upper_layer: AbsolutePath,
-    /// The work dir.
-    pub work_dir: AbsolutePath,
-    /// Who owns the directories.
-    pub ownership: Ownership,
-    /// Whether the daemon is ready only once this store is active.
-    pub required: bool,
-    /// Whether the daemon starts this store by itself.
-    pub autostart: bool,
-    /// Options of the mount.
-    pub mount_options: Vec<MountOption>,
-    /// The filesystem in memory, for an ephemeral store.
-    pub ephemeral: Option<Ephemeral>,
-    /// Its own Nix daemon.
-    pub daemon: Option<NixDaemon>,
-}
 
 /// Resolves declarations into specifications, each after the store it lies on.
 ///
@@ -282,6 +252,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::Ownership;
 
     fn declare(name: &str, lower: &str) -> Declaration {
         let path = |tail: &str| format!("/s/{name}/{tail}").parse().expect("valid");

@@ -11,9 +11,9 @@ use super::reader::{About, Reader};
 use crate::{AbsolutePath, Ephemeral, EphemeralSize, MAX_SOCKET_PATH_LEN, NixDaemon, StoreName, refuse_setting};
 
 /// The values of one store's table, or of a table in it.
-pub(super) struct Fields<'r, 'a, 't> {
+pub(crate) struct Fields<'r, 'a, 't> {
     pub(super) reader: &'r mut Reader<'a>,
-    pub(super) store: &'r str,
+    pub(crate) store: &'r str,
     pub(super) table: &'r DeTable<'t>,
     /// What is written in front of a key in messages.
     pub(super) within: &'static str,
@@ -21,7 +21,7 @@ pub(super) struct Fields<'r, 'a, 't> {
 
 impl Fields<'_, '_, '_> {
     /// The text of a key, if it is there and is a text.
-    pub(super) fn text(&mut self, key: &str) -> Option<(String, Range<usize>)> {
+    pub(crate) fn text(&mut self, key: &str) -> Option<(String, Range<usize>)> {
         let value = self.table.get(key)?;
         match value.get_ref().as_str() {
             Some(text) => Some((text.to_owned(), value.span())),
@@ -33,13 +33,13 @@ impl Fields<'_, '_, '_> {
     }
 
     /// The value of a key through [`FromStr`](std::str::FromStr).
-    pub(super) fn parsed<T: std::str::FromStr<Err: fmt::Display>>(&mut self, key: &str) -> Option<T> {
+    pub(crate) fn parsed<T: std::str::FromStr<Err: fmt::Display>>(&mut self, key: &str) -> Option<T> {
         let (text, span) = self.text(key)?;
         text.parse().map_err(|error| self.refuse(key, &text, span, &error)).ok()
     }
 
     /// A directory's path, or its default below the state dir.
-    pub(super) fn directory(&mut self, key: &str) -> Option<AbsolutePath> {
+    pub(crate) fn directory(&mut self, key: &str) -> Option<AbsolutePath> {
         if self.table.get(key).is_some() {
             return self.parsed(key);
         }
@@ -57,7 +57,7 @@ impl Fields<'_, '_, '_> {
     }
 
     /// A list of texts, each through `read`; `None` when it is not given.
-    pub(super) fn list<T>(&mut self, key: &str, read: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
+    pub(crate) fn list<T>(&mut self, key: &str, read: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
         let value = self.table.get(key)?;
         let Some(array) = value.get_ref().as_array() else {
             self.wrong_type(key, value, "a list of strings");
@@ -81,7 +81,7 @@ impl Fields<'_, '_, '_> {
     }
 
     /// The filesystem of an ephemeral store, which holds all of its directories.
-    pub(super) fn ephemeral(&mut self) -> Option<Ephemeral> {
+    pub(crate) fn ephemeral(&mut self) -> Option<Ephemeral> {
         self.table.get("ephemeral-size")?;
         let size = self.parsed::<EphemeralSize>("ephemeral-size");
         for key in ["root", "upper-layer", "work-dir"] {
@@ -95,7 +95,13 @@ impl Fields<'_, '_, '_> {
         Some(Ephemeral { directory, size: size? })
     }
 
-    pub(super) fn socket_path(&mut self) -> Option<AbsolutePath> {
+    /// The table of a store's Nix daemon.
+    pub(crate) fn daemon(&mut self) -> Option<NixDaemon> {
+        let value = self.table.get("daemon")?;
+        self.reader.daemon(self.store, value)
+    }
+
+    pub(crate) fn socket_path(&mut self) -> Option<AbsolutePath> {
         let Some((text, span)) = self.text("socket-path") else {
             // What is no text was reported, and what is no name makes no default.
             let name = self.store.parse().ok().filter(|_| self.table.get("socket-path").is_none())?;
@@ -110,7 +116,7 @@ impl Fields<'_, '_, '_> {
         path.map_err(|why| self.refuse("socket-path", &text, span, &why)).ok()
     }
 
-    pub(super) fn socket_mode(&mut self) -> Option<u32> {
+    pub(crate) fn socket_mode(&mut self) -> Option<u32> {
         let (text, span) = self.text("socket-mode")?;
         let is_mode = (3..=4).contains(&text.len()) && text.bytes().all(|byte| (b'0'..=b'7').contains(&byte));
         if is_mode {
@@ -121,7 +127,7 @@ impl Fields<'_, '_, '_> {
     }
 
     /// Settings of Nix, each as nix.conf(5) has it.
-    pub(super) fn settings(&mut self) -> BTreeMap<String, String> {
+    pub(crate) fn settings(&mut self) -> BTreeMap<String, String> {
         let mut settings = BTreeMap::new();
         let Some(value) = self.table.get("settings") else { return settings };
         let Some(table) = value.get_ref().as_table() else {
@@ -164,7 +170,7 @@ impl Fields<'_, '_, '_> {
     }
 
     /// A user's or group's name or number. Whether it exists only the machine can tell.
-    pub(super) fn account(&mut self, key: &str) -> Option<String> {
+    pub(crate) fn account(&mut self, key: &str) -> Option<String> {
         let (text, span) = self.text(key)?;
         let valid = |c: char| c.is_ascii_alphanumeric() || "_.-$".contains(c);
         if text.is_empty() || text.starts_with('-') || !text.chars().all(valid) {
@@ -175,7 +181,7 @@ impl Fields<'_, '_, '_> {
     }
 
     /// A file mode in octal digits.
-    pub(super) fn mode(&mut self) -> Option<u32> {
+    pub(crate) fn mode(&mut self) -> Option<u32> {
         let (text, span) = self.text("mode")?;
         match u32::from_str_radix(&text, 8) {
             Ok(mode) if mode <= 0o7777 && mode & 0o700 == 0o700 && mode & 0o002 == 0 => Some(mode),
@@ -192,7 +198,7 @@ impl Fields<'_, '_, '_> {
     }
 
     /// A boolean that is true when it is not given.
-    pub(super) fn flag(&mut self, key: &str) -> bool {
+    pub(crate) fn flag(&mut self, key: &str) -> bool {
         let Some(value) = self.table.get(key) else { return true };
         value.get_ref().as_bool().unwrap_or_else(|| {
             self.wrong_type(key, value, "true or false");

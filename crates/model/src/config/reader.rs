@@ -8,12 +8,11 @@ use toml::{
 };
 
 use super::{
-    Config, DAEMON_KEYS, Defaults, Diagnostic, Keys, STORE_KEYS,
+    Config, Defaults, Diagnostic, Key, Keys,
     fields::{Fields, kind},
+    keys::DAEMON,
 };
-use crate::{
-    Conflict, Declaration, MountOption, NixDaemon, Ownership, StoreName, nearest, nixos_option, refuse_user, stack,
-};
+use crate::{Conflict, Declaration, NixDaemon, StoreName, nearest, nixos_option, stack};
 
 /// Walks the parsed document and collects mistakes.
 pub(super) struct Reader<'a> {
@@ -97,8 +96,7 @@ impl Reader<'_> {
     ) -> Option<(Declaration, Places)> {
         let mistakes = self.diagnostics.len();
         let store = name.get_ref().as_ref();
-        let parsed = store.parse::<StoreName>();
-        if let Err(error) = &parsed {
+        if let Err(error) = store.parse::<StoreName>() {
             self.report(name.span(), About::store(store), format!("store {store:?}: {error}"));
         }
         let Some(table) = value.get_ref().as_table() else {
@@ -107,11 +105,9 @@ impl Reader<'_> {
             self.report(value.span(), About::store(store), message);
             return None;
         };
-        for (key, _) in table.iter().filter(|(key, _)| !STORE_KEYS.contains(&&**key.get_ref())) {
-            self.unknown_key(Some(store), "", key, &STORE_KEYS);
-        }
+        self.unknown_keys(store, table, "", Declaration::KEYS);
         let mut fields = Fields { reader: self, store, table, within: "" };
-        let lower_store = fields.parsed("lower-store");
+        let declaration = Declaration::read(&mut fields);
         if table.get("lower-store").is_none() {
             let option = fields.reader.option(store, "lower-store");
             let message =
@@ -119,17 +115,6 @@ impl Reader<'_> {
             let about = About::key(store, "lower-store");
             fields.reader.report(name.span(), about, format!("store {store:?}: {message}"));
         }
-        let root = fields.directory("root");
-        let upper_layer = fields.directory("upper-layer");
-        let work_dir = fields.directory("work-dir");
-        let ownership =
-            Ownership { owner: fields.account("owner"), group: fields.account("group"), mode: fields.mode() };
-        let required = fields.flag("required");
-        let autostart = fields.flag("autostart");
-        let mount_options = fields.list("mount-options", |text| text.parse::<MountOption>().map_err(|e| e.to_string()));
-        let ephemeral = fields.ephemeral();
-        let daemon = table.get("daemon").and_then(|value| self.daemon(store, value));
-        let Ok(store) = parsed else { return None };
         if self.diagnostics.len() > mistakes {
             return None;
         }
@@ -137,26 +122,13 @@ impl Reader<'_> {
         if let Some(daemon) = table.get("daemon").and_then(|value| value.get_ref().as_table()) {
             keys.extend(daemon.iter().map(|(key, value)| (format!("daemon.{}", key.get_ref()), value.span())));
         }
-        Some((
-            Declaration {
-                name: store.clone(),
-                lower_store: lower_store?,
-                root: root?,
-                upper_layer: upper_layer?,
-                work_dir: work_dir?,
-                ownership,
-                required,
-                autostart,
-                mount_options: mount_options.unwrap_or_default(),
-                ephemeral,
-                daemon,
-            },
-            Places { name: store, store: name.span(), keys },
-        ))
+        let declaration = declaration?;
+        let places = Places { name: declaration.name.clone(), store: name.span(), keys };
+        Some((declaration, places))
     }
 
     /// The table of a store's Nix daemon. `None` after a mistake, which was reported.
-    fn daemon(&mut self, store: &str, value: &Spanned<DeValue<'_>>) -> Option<NixDaemon> {
+    pub(super) fn daemon(&mut self, store: &str, value: &Spanned<DeValue<'_>>) -> Option<NixDaemon> {
         let Some(table) = value.get_ref().as_table() else {
             let found = kind(value.get_ref());
             let option = self.option(store, "daemon");
@@ -164,26 +136,19 @@ impl Reader<'_> {
             self.report(value.span(), About::key(store, "daemon"), message);
             return None;
         };
-        for (key, _) in table.iter().filter(|(key, _)| !DAEMON_KEYS.contains(&&**key.get_ref())) {
-            self.unknown_key(Some(store), "daemon.", key, &DAEMON_KEYS);
-        }
-        let mut fields = Fields { reader: self, store, table, within: "daemon." };
-        let socket_path = fields.socket_path();
-        let socket_mode = fields.socket_mode();
-        let user = |text: &str| refuse_user(text).map_or_else(|| Ok(text.to_owned()), Err);
-        let allowed_users = fields.list("allowed-users", user);
-        let trusted_users = fields.list("trusted-users", user);
-        let settings = fields.settings();
-        Some(NixDaemon {
-            socket_path: socket_path?,
-            socket_mode: socket_mode.unwrap_or(0o666),
-            allowed_users: allowed_users.unwrap_or_else(|| vec!["*".to_owned()]),
-            trusted_users: trusted_users.unwrap_or_else(|| vec!["root".to_owned()]),
-            settings,
-        })
+        self.unknown_keys(store, table, DAEMON, NixDaemon::KEYS);
+        let mut fields = Fields { reader: self, store, table, within: DAEMON };
+        NixDaemon::read(&mut fields)
     }
 
-    pub(super) fn unknown_key(
+    fn unknown_keys(&mut self, store: &str, table: &DeTable<'_>, within: &str, keys: &[Key]) {
+        let known: Vec<_> = keys.iter().map(Key::word).collect();
+        for (key, _) in table.iter().filter(|(key, _)| !known.contains(&&**key.get_ref())) {
+            self.unknown_key(Some(store), within, key, &known);
+        }
+    }
+
+    fn unknown_key(
         &mut self,
         store: Option<&str>,
         within: &str,
