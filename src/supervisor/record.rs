@@ -10,6 +10,8 @@
 //!   path whether anything changed in the meantime.
 
 mod asked;
+#[cfg(test)]
+mod earlier;
 mod error;
 
 use std::{
@@ -359,27 +361,11 @@ fn keep(path: &Path, text: &serde_json::Result<Vec<u8>>, sync: bool) -> Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use layered_stores_model::{Ephemeral, Layers, LowerStore, MountUnitName, Ownership};
+    use layered_stores_model::{Ephemeral, fixture};
     use layered_stores_overlay::{identity, layers::LayersError};
 
     fn spec(name: &str) -> Arc<StoreSpec> {
-        let path = |p: &str| p.parse().expect("valid");
-        let merged = path("/srv/root/nix/store");
-        Arc::new(StoreSpec {
-            name: name.parse().expect("valid"),
-            lower_store: LowerStore::Layered("base".parse().expect("valid")),
-            lower_url: String::new(),
-            mount_unit: MountUnitName::of(&merged).expect("short"),
-            layers: Layers { lower: path("/lower"), upper: path("/u"), work: path("/w"), merged, options: Vec::new() },
-            root: path("/srv/root"),
-            state_dir: path("/srv/root/nix/var/nix"),
-            remount_hook: path("/bin/hook"),
-            ownership: Ownership::default(),
-            required: true,
-            autostart: true,
-            ephemeral: None,
-            daemon: None,
-        })
+        Arc::new(fixture::spec(name, "/lower"))
     }
 
     /// A specification whose directories are not there, and can be looked for.
@@ -416,12 +402,12 @@ mod tests {
             assert!(refused(), "one record is enough");
         }
 
-        let other = StoreSpec { state_dir: "/other".parse().expect("valid"), ..StoreSpec::clone(&spec) };
-        let other = StoreSpec { layers: Layers { upper: "/else".parse().expect("valid"), ..other.layers }, ..other };
+        let mut other = StoreSpec::clone(&spec);
+        (other.state_dir, other.layers.upper) = ("/other".parse().expect("valid"), "/else".parse().expect("valid"));
         let kept = records.marks(&other).expect("read");
         assert!(identity::require(&other, &kept).is_ok(), "other directories are other ones");
         let in_memory = Ephemeral { directory: "/memory".parse().expect("valid"), size: "1M".parse().expect("valid") };
-        let ephemeral = Arc::new(StoreSpec { ephemeral: Some(in_memory), ..StoreSpec::clone(&spec) });
+        let ephemeral = Arc::new(fixture::with(&spec, |terms| terms.ephemeral = Some(in_memory)));
         assert_eq!(records.marks(&ephemeral).expect("read"), [], "a boot takes these with it");
         records.remember(&ephemeral, &marks).expect("written");
         assert_eq!(records.marks(&ephemeral).expect("read"), std::slice::from_ref(&marks), "but nothing else");
@@ -497,7 +483,7 @@ mod tests {
         fs::write(dir.path().join("known"), "").expect("written");
         records.keep(&spec("a"), &Marks::default()).expect("as it was found");
         assert!(records.keep(&spec("b"), &Marks::default()).is_err());
-        let another = Arc::new(StoreSpec { required: false, ..StoreSpec::clone(&spec("a")) });
+        let another = Arc::new(fixture::with(&spec("a"), |terms| terms.required = false));
         assert!(records.keep(&another, &Marks::default()).is_err(), "another one");
     }
 }

@@ -250,26 +250,10 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
-    use layered_stores_model::{Layers, LowerStore, MountUnitName, Ownership};
+    use layered_stores_model::fixture;
 
     fn spec(name: &str, lower: &str) -> Arc<StoreSpec> {
-        let path = |p: &str| p.parse().expect("valid");
-        let merged = path("/srv/root/nix/store");
-        Arc::new(StoreSpec {
-            name: name.parse().expect("valid"),
-            lower_store: LowerStore::Layered("base".parse().expect("valid")),
-            lower_url: String::new(),
-            mount_unit: MountUnitName::of(&merged).expect("short"),
-            layers: Layers { lower: path(lower), upper: path("/u"), work: path("/w"), merged, options: Vec::new() },
-            root: path("/srv/root"),
-            state_dir: path("/srv/root/nix/var/nix"),
-            remount_hook: path("/bin/hook"),
-            ownership: Ownership::default(),
-            required: true,
-            autostart: true,
-            ephemeral: None,
-            daemon: None,
-        })
+        Arc::new(fixture::spec(name, lower))
     }
 
     #[tokio::test]

@@ -124,32 +124,10 @@ fn is_marked(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use layered_stores_model::{Layers, LowerStore, Ownership};
+    use layered_stores_model::fixture;
 
     fn spec(lower: &str) -> StoreSpec {
-        let path = |p: &str| p.parse().expect("valid");
-        let merged = path("/srv/a-b/root/nix/store");
-        StoreSpec {
-            name: "a-b".parse().expect("valid"),
-            lower_store: LowerStore::Layered("base".parse().expect("valid")),
-            lower_url: String::new(),
-            mount_unit: MountUnitName::of(&merged).expect("short"),
-            layers: Layers {
-                lower: path(lower),
-                upper: path("/srv/a-b/upper"),
-                work: path("/srv/a-b/work"),
-                merged,
-                options: Vec::new(),
-            },
-            root: path("/srv/a-b/root"),
-            state_dir: path("/srv/a-b/root/nix/var/nix"),
-            remount_hook: path("/bin/hook"),
-            ownership: Ownership::default(),
-            required: true,
-            autostart: true,
-            ephemeral: None,
-            daemon: None,
-        }
+        fixture::spec("a-b", lower)
     }
 
     #[test]

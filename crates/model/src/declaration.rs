@@ -1,5 +1,9 @@
 //! What can be declared of a store: every key of `[stores.NAME]`, what people are told about it, and how it is read.
 
+use std::ops::Deref;
+
+use serde::{Deserialize, Serialize};
+
 use crate::{
     AbsolutePath, Ephemeral, LowerStore, MountOption, NixDaemon, Ownership, StoreName,
     config::{Key, fields::Fields},
@@ -8,27 +12,39 @@ use crate::{
 /// A store as declared, before its references are resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Declaration {
-    /// The store's name.
-    pub name: StoreName,
-    /// The lower store as declared.
-    pub lower_store: LowerStore,
-    /// The root of the store.
-    pub root: AbsolutePath,
+    /// What its specification takes over as it is.
+    pub terms: Terms,
     /// The upper layer.
     pub upper_layer: AbsolutePath,
     /// The work dir.
     pub work_dir: AbsolutePath,
-    /// Who owns the directories.
+    /// Options of the mount.
+    pub mount_options: Vec<MountOption>,
+}
+
+/// What is declared of a store, defaults filled in, but for what becomes a part of its [`Layers`](crate::Layers).
+///
+/// It is in the records that outlive a daemon (`src/supervisor/record.rs`): a field that is added has a default for serde,
+/// which is what holds for a store of a version before it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// The store's name.
+    pub name: StoreName,
+    /// The lower store as declared.
+    pub lower_store: LowerStore,
+    /// The root of the store: `<root>/nix/store` is the real store dir.
+    pub root: AbsolutePath,
+    /// Who owns upper layer and state dir.
     pub ownership: Ownership,
     /// Whether the daemon is ready only once this store is active.
     pub required: bool,
     /// Whether the daemon starts this store by itself.
     pub autostart: bool,
-    /// Options of the mount.
-    pub mount_options: Vec<MountOption>,
-    /// The filesystem in memory, for an ephemeral store.
+    /// The filesystem in memory that everything of it is on, if it is to be gone with the next boot.
+    #[serde(default)]
     pub ephemeral: Option<Ephemeral>,
     /// Its own Nix daemon.
+    #[serde(default)]
     pub daemon: Option<NixDaemon>,
 }
 
@@ -177,18 +193,25 @@ impl Declaration {
         let mount_options = fields.list("mount-options", |text| text.parse::<MountOption>().map_err(|e| e.to_string()));
         let ephemeral = fields.ephemeral();
         let daemon = fields.daemon();
-        Some(Self {
+        let terms = Terms {
             name: name?,
             lower_store: lower_store?,
             root: root?,
-            upper_layer: upper_layer?,
-            work_dir: work_dir?,
             ownership,
             required,
             autostart,
-            mount_options: mount_options.unwrap_or_default(),
             ephemeral,
             daemon,
-        })
+        };
+        let mount_options = mount_options.unwrap_or_default();
+        Some(Self { terms, upper_layer: upper_layer?, work_dir: work_dir?, mount_options })
+    }
+}
+
+impl Deref for Declaration {
+    type Target = Terms;
+
+    fn deref(&self) -> &Terms {
+        &self.terms
     }
 }

@@ -5,6 +5,8 @@
 pub mod config;
 mod declaration;
 mod ephemeral;
+#[cfg(any(test, feature = "test-util"))]
+pub mod fixture;
 mod lower;
 mod mount_option;
 mod name;
@@ -16,7 +18,7 @@ mod spec;
 mod stack;
 mod unit_name;
 
-pub use declaration::Declaration;
+pub use declaration::{Declaration, Terms};
 pub use ephemeral::{Ephemeral, EphemeralSize, NoSize};
 pub use lower::{LowerStore, LowerStoreError};
 pub use mount_option::{MountOption, UnknownMountOption};

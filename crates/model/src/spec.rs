@@ -1,11 +1,11 @@
 //! The specification of one layered store: all that is declared, and all that follows from it.
 
-use std::fmt;
+use std::{fmt, ops::Deref};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 
-use super::{AbsolutePath, Ephemeral, LowerStore, MountOption, MountUnitName, NixDaemon, StoreName};
+use super::{AbsolutePath, LowerStore, MountOption, MountUnitName, NixDaemon, StoreName, Terms};
 
 /// What stays as it is in a parameter of a Nix store URL: RFC 3986's unreserved characters and the slash.
 const URL_PARAMETER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
@@ -53,37 +53,32 @@ pub struct Ownership {
 /// A store's own Nix daemon, and the user whom the store belongs to.
 pub type Service = (NixDaemon, Option<String>);
 
-/// One layered store with every default filled in and every reference resolved.
+/// One layered store with every default filled in and every reference resolved: what was declared, and what is derived from it.
+///
+/// What was declared is read as if it were a part of this (`spec.name`, `spec.daemon`), which is what the records have it as.
+/// A specification comes from [`stack()`](crate::stack()), or from a record of one, so that the two belong together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreSpec {
-    /// The store's name.
-    pub name: StoreName,
-    /// The lower store as declared.
-    pub lower_store: LowerStore,
+    #[serde(flatten)]
+    pub(crate) terms: Terms,
     /// The lower store as Nix has to be told about it.
     pub lower_url: String,
     /// The directories of its mount.
     pub layers: Layers,
-    /// The root of the store: `<root>/nix/store` is the real store dir.
-    pub root: AbsolutePath,
     /// `<root>/nix/var/nix`, with the database.
     pub state_dir: AbsolutePath,
     /// The systemd unit of the mount.
     pub mount_unit: MountUnitName,
     /// What Nix calls when the merged directory has to be refreshed.
     pub remount_hook: AbsolutePath,
-    /// Who owns upper layer and state dir.
-    pub ownership: Ownership,
-    /// Whether the daemon is ready only once this store is active.
-    pub required: bool,
-    /// Whether the daemon starts this store by itself.
-    pub autostart: bool,
-    /// The filesystem in memory that everything of it is on, if it is to be gone with the next boot.
-    #[serde(default)]
-    pub ephemeral: Option<Ephemeral>,
-    /// Its own Nix daemon.
-    #[serde(default)]
-    pub daemon: Option<NixDaemon>,
+}
+
+impl Deref for StoreSpec {
+    type Target = Terms;
+
+    fn deref(&self) -> &Terms {
+        &self.terms
+    }
 }
 
 impl StoreSpec {

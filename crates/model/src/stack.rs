@@ -74,8 +74,7 @@ fn resolve(
     let below_root = |tail: &'static str| declaration.root.join(tail).map_err(|error| Reason::Derived { tail, error });
     let merged = below_root(&NIX_STORE_DIR[1..])?;
     Ok(StoreSpec {
-        name: declaration.name.clone(),
-        lower_store: declaration.lower_store.clone(),
+        terms: declaration.terms.clone(),
         lower_url,
         mount_unit: MountUnitName::of(&merged)?,
         layers: Layers {
@@ -85,14 +84,8 @@ fn resolve(
             merged,
             options: declaration.mount_options.clone(),
         },
-        root: declaration.root.clone(),
         state_dir: below_root("nix/var/nix")?,
         remount_hook: remount_hook.clone(),
-        ownership: declaration.ownership.clone(),
-        required: declaration.required,
-        autostart: declaration.autostart,
-        ephemeral: declaration.ephemeral.clone(),
-        daemon: declaration.daemon.clone(),
     })
 }
 
@@ -252,23 +245,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::Ownership;
+    use crate::fixture;
 
     fn declare(name: &str, lower: &str) -> Declaration {
         let path = |tail: &str| format!("/s/{name}/{tail}").parse().expect("valid");
-        Declaration {
-            name: name.parse().expect("valid"),
-            lower_store: lower.parse().expect("valid"),
-            root: path("root"),
-            upper_layer: path("upper"),
-            work_dir: path("work"),
-            ownership: Ownership::default(),
-            required: true,
-            autostart: true,
-            mount_options: Vec::new(),
-            ephemeral: None,
-            daemon: None,
-        }
+        let mut terms = fixture::spec(name, "/l").terms;
+        (terms.lower_store, terms.root) = (lower.parse().expect("valid"), path("root"));
+        Declaration { terms, upper_layer: path("upper"), work_dir: path("work"), mount_options: Vec::new() }
     }
 
     fn hook() -> AbsolutePath {
@@ -307,9 +290,10 @@ mod tests {
 
     #[test]
     fn a_store_on_somebody_elses_store_is_refused() {
-        let of = |name, lower, owner: Option<&str>| Declaration {
-            ownership: Ownership { owner: owner.map(str::to_owned), ..Ownership::default() },
-            ..declare(name, lower)
+        let of = |name, lower, owner: Option<&str>| {
+            let mut store = declare(name, lower);
+            store.terms.ownership.owner = owner.map(str::to_owned);
+            store
         };
         for (below, above, who) in [
             (Some("alice"), None, "alice and this one to root"),
@@ -370,11 +354,11 @@ mod tests {
                  give each a directory of its own",
             ),
             (
-                with(|b| b.lower_store = "/s/a/root".parse().expect("valid")),
+                with(|b| b.terms.lower_store = "/s/a/root".parse().expect("valid")),
                 "b lower-store: this is the store \"a\" of this configuration; write \"layered:a\"",
             ),
             (
-                with(|b| b.lower_store = "/s/b/upper/x".parse().expect("valid")),
+                with(|b| b.terms.lower_store = "/s/b/upper/x".parse().expect("valid")),
                 "b lower-store: the lower store's directory /s/b/upper/x/nix/store lies inside the upper-layer of \
                  the same store (/s/b/upper); a lower store has to lie apart",
             ),
@@ -391,7 +375,7 @@ mod tests {
     #[test]
     fn what_is_too_long_with_the_store_below_it_is_refused() {
         let mut a = declare("a", "/l");
-        a.root = format!("/{}", "r".repeat(250)).parse().expect("valid");
+        a.terms.root = format!("/{}", "r".repeat(250)).parse().expect("valid");
         let conflicts = stacked(vec![a]).expect_err("too long");
         assert!(
             conflicts[0].starts_with("a root: with nix/store below it: the path is 261 bytes long"),

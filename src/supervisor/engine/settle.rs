@@ -32,16 +32,11 @@ mod tests {
 
     use super::*;
     use crate::supervisor::{entry::Op, plan::Phase};
-    use layered_stores_model::{
-        StoreSpec,
-        config::{self, Defaults, Keys},
-    };
+    use layered_stores_model::fixture;
 
     fn entries(text: &str) -> BTreeMap<StoreName, Entry> {
-        let path = |path: &str| path.parse().expect("valid");
-        let defaults = Defaults { state_dir: path("/state"), remount_hook: path("/hook") };
-        let config = config::parse(text, &defaults, Keys::Alone).expect("a configuration");
-        config.stores.into_iter().map(|spec| (spec.name.clone(), Entry::new(Arc::new(spec), true))).collect()
+        let stores = fixture::declared("/state", text).into_iter();
+        stores.map(|spec| (spec.name.clone(), Entry::new(Arc::new(spec), true))).collect()
     }
 
     fn is_up(entry: &mut Entry) {
@@ -94,7 +89,7 @@ mod tests {
         let spec = entries.values().next().map(|entry| (*entry.spec).clone()).expect("it is there");
         for number in 0..5000 {
             let name: StoreName = format!("a{number}").parse().expect("valid");
-            let spec = StoreSpec { name: name.clone(), ..spec.clone() };
+            let spec = fixture::with(&spec, |terms| terms.name = name.clone());
             entries.insert(name, Entry::new(Arc::new(spec), true));
         }
         let began = Instant::now();

@@ -45,7 +45,7 @@ fn a_path_that_others_could_redirect_is_not_walked() {
 #[test]
 fn not_even_the_owner_of_a_store_may_own_a_directory_above_it() {
     let mut store = Store::new();
-    store.spec.ownership.owner = Some("nobody".to_owned());
+    store.spec = fixture::with(&store.spec, |terms| terms.ownership.owner = Some("nobody".to_owned()));
     let state = store.root.path().join("state");
     for mode in [0o755, 0o1777] {
         fs::create_dir_all(&state).expect("made");

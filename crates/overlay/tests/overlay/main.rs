@@ -15,10 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use layered_stores_model::{
-    Layers, StoreSpec,
-    config::{self, Defaults, Keys},
-};
+use layered_stores_model::{Layers, StoreSpec, fixture};
 use layered_stores_overlay::{
     glance, host,
     layers::{self, LayersError, look_over, prepare, release_mount_point},
@@ -47,10 +44,7 @@ impl Store {
         let at = |tail: &str| root.path().join(tail).to_string_lossy().into_owned();
         fs::create_dir_all(at("lower/nix/store")).expect("a lower store");
         let text = format!("[stores.t]\nlower-store = {:?}\n", at("lower"));
-        let defaults =
-            Defaults { state_dir: at("state").parse().expect("valid"), remount_hook: "/hook".parse().expect("valid") };
-        let config = config::parse(&text, &defaults, Keys::Alone).expect("a configuration");
-        Self { spec: config.stores.into_iter().next().expect("a store"), root }
+        Self { spec: fixture::declared(&at("state"), &text).remove(0), root }
     }
 
     /// Mounts it where no one else sees it. nextest runs each test in a process of its own.

@@ -1,0 +1,51 @@
+//! Records that other versions have written: no store is lost with an upgrade.
+
+use layered_stores_model::fixture;
+
+use super::*;
+
+/// Word by word what version 0.1.0 writes. It stays as it is.
+const TEXT: &str = include_str!("earlier.json");
+
+/// What was declared then.
+const DECLARED: &str = "
+[stores.base]
+lower-store = \"daemon\"
+[stores.ci]
+lower-store = \"layered:base\"
+root = \"/srv/ci/root\"
+mode = \"1775\"
+group = \"ci\"
+required = false
+mount-options = [\"noatime\"]
+[stores.ci.daemon]
+allowed-users = [\"@ci\"]
+settings = { max-jobs = 2 }
+";
+
+fn known(text: &str) -> Known {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::create_dir(dir.path().join("known")).expect("made");
+    fs::write(dir.path().join("known/ci.json"), text).expect("written");
+    Records::new(dir.path(), dir.path()).known(&[]).expect("listed")
+}
+
+#[test]
+fn a_record_of_the_first_version_is_read() {
+    let ci = fixture::declared("/state", DECLARED)
+        .into_iter()
+        .find(|spec| spec.name.as_str() == "ci")
+        .expect("it is declared");
+    let known = known(TEXT);
+    assert_eq!((known.stores, known.unreadable), (vec![Arc::new(ci)], Vec::<String>::new()));
+}
+
+#[test]
+fn an_earlier_version_reads_what_is_written_now() {
+    let then: serde_json::Map<String, serde_json::Value> = serde_json::from_str(TEXT).expect("JSON");
+    let record: Record = serde_json::from_str(TEXT).expect("read");
+    let now = serde_json::to_value(&record).expect("written");
+    for (key, value) in then {
+        assert_eq!(now[&key], value, "{key}");
+    }
+}
