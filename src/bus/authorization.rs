@@ -1,7 +1,8 @@
 //! Who may do what: root may do everything, a store's owner may refresh it, and polkit decides the rest.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, fmt, sync::Arc};
 
+use serde::Serialize;
 use zbus::{
     fdo,
     message::{Flags, Header},
@@ -16,7 +17,8 @@ use super::{
 };
 
 /// A polkit action of `data/org.layeredstores1.policy`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub(super) enum Action {
     Start,
     Stop,
@@ -26,16 +28,10 @@ pub(super) enum Action {
     RemoveData,
 }
 
-impl Action {
-    fn id(self) -> &'static str {
-        match self {
-            Self::Start => "org.layeredstores1.start",
-            Self::Stop => "org.layeredstores1.stop",
-            Self::Remount => "org.layeredstores1.remount",
-            Self::Verify => "org.layeredstores1.verify",
-            Self::RemoveData => "org.layeredstores1.remove-data",
-            Self::Reload => "org.layeredstores1.reload",
-        }
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("org.layeredstores1.")?;
+        self.serialize(f)
     }
 }
 
@@ -62,7 +58,8 @@ impl Authorization {
         store: Option<&str>,
         owner: Option<u32>,
     ) -> Result<()> {
-        let what = store.map_or_else(|| action.id().to_owned(), |store| format!("{} on store {store:?}", action.id()));
+        let action = action.to_string();
+        let what = store.map_or_else(|| action.clone(), |store| format!("{action} on store {store:?}"));
         let denied = |why: String| BusError::access_denied(format!("{what} is refused: {why}"));
         let way_out = if owner.is_some() { "run it as root or as the store's owner" } else { "run it as root" };
         let sender = call.sender().ok_or_else(|| denied("the caller is not known to the bus".to_owned()))?;
@@ -75,7 +72,7 @@ impl Authorization {
         let subject = Subject::new_for_message_header(call).map_err(|error| denied(error.to_string()))?;
         let interactive = call.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);
         let details: HashMap<&str, &str> = store.map(|store| ("store", store)).into_iter().collect();
-        match self.questions.ask(sender, uid, &subject, action.id(), &details, interactive).await {
+        match self.questions.ask(sender, uid, &subject, &action, &details, interactive).await {
             Ok(answer) if answer.is_authorized => Ok(()),
             Ok(answer) if answer.is_challenge && !interactive => {
                 let message = format!("{what} needs authentication; {way_out}");
@@ -93,5 +90,20 @@ impl Authorization {
             // The gate remembers only so many of those it does not limit.
             None => self.bus.get_connection_unix_user(sender.to_owned().into()).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::Action::{Reload, Remount, RemoveData, Start, Stop, Verify};
+
+    #[test]
+    fn every_action_is_one_that_polkit_knows() {
+        let policy = include_str!("../../data/org.layeredstores1.policy");
+        let known = policy.split("<action id=\"").skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned);
+        let actions = [Start, Stop, Remount, Verify, RemoveData, Reload].map(|action| action.to_string());
+        assert_eq!(BTreeSet::from(actions), known.collect());
     }
 }

@@ -27,7 +27,7 @@ impl Store {
 
 /// The problems of a store as pairs of code and message.
 fn problems(status: &Status) -> Vec<(String, String)> {
-    status.problems.iter().map(|(problem, message)| (problem.code().to_owned(), message.clone())).collect()
+    status.problems.iter().map(|(problem, message)| (problem.to_string(), message.clone())).collect()
 }
 
 /// One layered store.

@@ -310,7 +310,7 @@ impl Entry {
         let message = printable(&message);
         if self.problems.get(&problem) != Some(&message) {
             let name = &self.spec.name;
-            tracing::warn!(store = %name, problem = problem.code(), "{name}: {message}");
+            tracing::warn!(store = %name, %problem, "{name}: {message}");
             self.problems.insert(problem, message);
         }
     }

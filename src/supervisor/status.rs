@@ -6,9 +6,11 @@ use std::{
 };
 
 use layered_stores_model::{StoreName, StoreSpec};
+use serde::Serialize;
 
 /// Where a store is in its life; the words are systemd's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Not mounted, and nothing is wrong.
     #[default]
@@ -23,27 +25,15 @@ pub enum State {
     Failed,
 }
 
-impl State {
-    /// systemd's word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Inactive => "inactive",
-            Self::Activating => "activating",
-            Self::Active => "active",
-            Self::Deactivating => "deactivating",
-            Self::Failed => "failed",
-        }
-    }
-}
-
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
+        self.serialize(f)
     }
 }
 
 /// Something that is wrong with a store, whatever its state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Problem {
     /// The merged view is not what the layers say, and a swap did not help.
     Stale,
@@ -81,28 +71,10 @@ pub enum Problem {
     Full,
 }
 
-impl Problem {
-    /// The code on the bus.
-    pub fn code(self) -> &'static str {
-        match self {
-            Self::Stale => "stale",
-            Self::Stuck => "stuck",
-            Self::Busy => "busy",
-            Self::Covered => "covered",
-            Self::Foreign => "foreign",
-            Self::NotOurs => "not-ours",
-            Self::MountLost => "mount-lost",
-            Self::UpperMissing => "upper-missing",
-            Self::StartFailed => "start-failed",
-            Self::DaemonFailed => "daemon-failed",
-            Self::OtherOwner => "other-owner",
-            Self::RefreshFailed => "refresh-failed",
-            Self::Unwatched => "unwatched",
-            Self::Unrecorded => "unrecorded",
-            Self::MountOptions => "mount-options",
-            Self::ReadOnly => "read-only",
-            Self::Full => "full",
-        }
+/// Its code on the bus.
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 
@@ -189,5 +161,24 @@ impl StatusCell {
     pub(super) fn replace(&self, status: Status) -> Option<Status> {
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
         (*current != status).then(|| std::mem::replace(&mut *current, status))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_bus() {
+        assert_eq!(State::Deactivating.to_string(), "deactivating");
+        assert_eq!(format!("{:<9}|", State::Active), "active   |", "they stand in columns");
+        for (problem, code) in [
+            (Problem::Full, "full"),
+            (Problem::NotOurs, "not-ours"),
+            (Problem::MountOptions, "mount-options"),
+            (Problem::ReadOnly, "read-only"),
+        ] {
+            assert_eq!(problem.to_string(), code);
+        }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{fmt, str::FromStr};
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Serialize,
+    de::{IntoDeserializer as _, value},
+};
 
 /// An option of a store's mount that changes nothing about what is in the store. `nodev` and `nosuid` are always on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -23,34 +26,25 @@ pub enum MountOption {
 impl MountOption {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Noatime, Self::Nodiratime, Self::Relatime, Self::Strictatime, Self::Noexec];
-
-    /// The word that mount(8) takes.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Noatime => "noatime",
-            Self::Nodiratime => "nodiratime",
-            Self::Relatime => "relatime",
-            Self::Strictatime => "strictatime",
-            Self::Noexec => "noexec",
-        }
-    }
 }
 
+/// The word that mount(8) takes.
 impl fmt::Display for MountOption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+        self.serialize(f)
     }
 }
 
 /// A text is no [`MountOption`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not among the mount options that can be chosen: {options}", options = MountOption::ALL.map(MountOption::as_str).join(", "))]
+#[error("{0:?} is not among the mount options that can be chosen: {options}", options = MountOption::ALL.map(|option| option.to_string()).join(", "))]
 pub struct UnknownMountOption(String);
 
 impl FromStr for MountOption {
     type Err = UnknownMountOption;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Self::ALL.into_iter().find(|option| option.as_str() == text).ok_or_else(|| UnknownMountOption(text.to_owned()))
+        let named: Result<Self, value::Error> = Self::deserialize(text.into_deserializer());
+        named.map_err(|_| UnknownMountOption(text.to_owned()))
     }
 }
