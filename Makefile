@@ -35,7 +35,7 @@ venv := target/venv/bin
 shell_scripts = $(shell find . \( -path ./target -o -path ./.git \) -prune -o -type f -exec \
 	awk 'FNR == 1 { if (/^\#!.*[\/ ](bash|dash|sh)$$/) print FILENAME; nextfile }' {} +)
 # The driver and the scenarios have a check of their own.
-python_scripts = nix/check-format tools/check-docs tools/dbus-reference $(wildcard demo/*.py benches/*.py)
+python_scripts = nix/check-format tools/check-docs tools/dbus-reference tools/limits $(wildcard demo/*.py benches/*.py)
 xml_files = $(wildcard data/*.xml data/*.conf data/*.policy)
 
 # For every recipe: programs that rustup and Debian put elsewhere, the driver of the test machines, and no bytecode in
