@@ -5,7 +5,7 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AbsolutePath, Ephemeral, LowerStore, MountOption, NixDaemon, Ownership, StoreName,
+    AbsolutePath, Ephemeral, LowerStore, MountOption, NixDaemon, Ownership, Source, StoreName,
     config::{Key, fields::Fields},
 };
 
@@ -30,6 +30,9 @@ pub struct Declaration {
 pub struct Terms {
     /// The store's name.
     pub name: StoreName,
+    /// Where it comes from.
+    #[serde(default)]
+    pub source: Source,
     /// The lower store as declared.
     pub lower_store: LowerStore,
     /// The root of the store: `<root>/nix/store` is the real store dir.
@@ -195,6 +198,7 @@ impl Declaration {
         let daemon = fields.daemon();
         let terms = Terms {
             name: name?,
+            source: Source::Configuration,
             lower_store: lower_store?,
             root: root?,
             ownership,

@@ -49,3 +49,14 @@ fn an_earlier_version_reads_what_is_written_now() {
         assert_eq!(now[&key], value, "{key}");
     }
 }
+
+#[test]
+fn a_store_from_somewhere_that_is_not_known_is_left_alone() {
+    let record: Record = serde_json::from_str(TEXT).expect("read");
+    let text = serde_json::to_string(&record).expect("written");
+    assert_eq!(known(&text).stores.len(), 1);
+    let later = text.replace("\"source\":\"configuration\"", "\"source\":\"somewhere\"");
+    assert_ne!(later, text);
+    let known = known(&later);
+    assert_eq!((known.stores, known.unreadable), (Vec::new(), vec!["ci".to_owned()]));
+}
