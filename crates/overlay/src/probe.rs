@@ -116,11 +116,29 @@ pub fn stale(layers: &Layers, names: impl IntoIterator<Item: AsRef<OsStr>>) -> R
     Ok(stale)
 }
 
+/// Says how many paths [`stale_of_all`] is about to look at: those that the layers list. None of the names is held.
+///
+/// # Errors
+/// The kernel's answer when a layer cannot be listed; `ECANCELED` when the work is called off.
+pub fn expect_all(layers: &Layers) -> Result<(), Errno> {
+    let View { upper, lower, .. } = &View::of(layers)?;
+    let mut total = 0;
+    for (spot, dir) in [(Spot::Lower, lower), (Spot::Upper, upper)] {
+        progress::at(spot);
+        for entry in Dir::read_from(walk::readable(dir.as_fd())?)? {
+            progress::go_on()?;
+            total += u64::from(is_store_path_name(OsStr::from_bytes(entry?.file_name().to_bytes())));
+        }
+    }
+    progress::expect(total);
+    Ok(())
+}
+
 /// The paths whose merged view is wrong among all that the layers and the merged directory list, and how many were looked at.
 /// After [`MOST_STALE`] it stops: an owner can have any number of them, and none of the names is held longer than it takes.
 ///
 /// # Errors
-/// The kernel's answer when a directory cannot be listed or looked at.
+/// The kernel's answer when a directory cannot be listed or looked at; `ECANCELED` when the work is called off.
 pub fn stale_of_all(layers: &Layers) -> Result<(Vec<Stale>, usize), Errno> {
     let view = View::of(layers)?;
     let View { upper, lower, merged } = &view;
@@ -132,13 +150,21 @@ pub fn stale_of_all(layers: &Layers) -> Result<(Vec<Stale>, usize), Errno> {
         progress::at(spot);
         for entry in Dir::read_from(walk::readable(dir.as_fd())?)? {
             let entry = entry?;
-            progress::goes_on();
+            progress::go_on()?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            if !is_store_path_name(name) || is_in_any(earlier, name)? {
+            if !is_store_path_name(name) {
+                continue;
+            }
+            if is_in_any(earlier, name)? {
+                // Both layers list it, so it was counted twice; the merged directory was not counted.
+                if spot == Spot::Upper {
+                    progress::one_more();
+                }
                 continue;
             }
             probed += 1;
             stale.extend(probe_twice(&view, name)?);
+            progress::one_more();
             if stale.len() == MOST_STALE {
                 return Ok((stale, probed));
             }
@@ -292,7 +318,7 @@ fn names_to_show(upper: Option<&OwnedFd>, lower: Option<&OwnedFd>) -> Result<Lis
         expected.whole &= added.whole;
         for (number, name) in added.names.into_iter().enumerate() {
             if number % LISTED == 0 {
-                progress::goes_on();
+                progress::go_on()?;
             }
             let stat = lookup(upper.as_fd(), &name)?;
             if stat.is_some_and(|stat| is(&stat, FileType::CharacterDevice) && stat.st_rdev == 0) {
@@ -338,7 +364,7 @@ fn list(dir: &OwnedFd, most: usize) -> Result<Listing, Errno> {
     for (number, entry) in Dir::read_from(dir)?.enumerate() {
         let entry = entry?;
         if number % LISTED == 0 {
-            progress::goes_on();
+            progress::go_on()?;
         }
         let name = entry.file_name().to_bytes();
         if name == b"." || name == b".." {

@@ -3,15 +3,20 @@
 //! A system call that a filesystem does not answer cannot be asked what it waits for, and cannot be cut off. So whoever is
 //! about to touch a directory says so first, with [`at`], and who looks from outside sees since when that is so. It costs some
 //! tens of nanoseconds and takes no lock.
+//!
+//! The same way leads back: whoever looks from outside can [call work off](Progress::call_off), and work that may take long asks
+//! between two steps whether to [`go_on`].
 
 use std::{
     cell::RefCell,
     sync::{
         Arc, LazyLock,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
+
+use rustix::io::Errno;
 
 /// What work can be at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,12 +80,44 @@ pub fn goes_on() {
     });
 }
 
+/// The same, for work that may be called off.
+///
+/// # Errors
+/// `ECANCELED` when it is.
+pub fn go_on() -> Result<(), Errno> {
+    goes_on();
+    let is_called_off = OURS.with_borrow(|ours| ours.as_ref().is_some_and(|progress| progress.is_called_off()));
+    if is_called_off { Err(Errno::CANCELED) } else { Ok(()) }
+}
+
+/// Says how much the work that this thread does is about, as far as that is known.
+pub fn expect(total: u64) {
+    OURS.with_borrow(|ours| {
+        if let Some(progress) = ours {
+            progress.total.store(total, Ordering::Relaxed);
+        }
+    });
+}
+
+/// Says that one more of what the work is about is done.
+pub fn one_more() {
+    OURS.with_borrow(|ours| {
+        if let Some(progress) = ours {
+            progress.done.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+}
+
 /// How far some work on a store has come.
 #[derive(Debug, Default)]
 pub struct Progress {
     spot: AtomicU8,
     /// When it came there, in milliseconds since [`EPOCH`] and one more; 0 while nothing is being done.
     since: AtomicU64,
+    /// How much of it is done, and how much there was to do when it was counted.
+    done: AtomicU64,
+    total: AtomicU64,
+    called_off: AtomicBool,
 }
 
 impl Progress {
@@ -105,6 +142,22 @@ impl Progress {
         let since = self.since.load(Ordering::Acquire).checked_sub(1)?;
         let spot = Spot::ALL[usize::from(self.spot.load(Ordering::Relaxed)) % Spot::ALL.len()];
         Some((spot, *EPOCH + Duration::from_millis(since)))
+    }
+
+    /// How much is done, and how much there is to do as far as that is known. What has come since it was counted is in both.
+    pub fn counts(&self) -> (u64, u64) {
+        let done = self.done.load(Ordering::Relaxed);
+        (done, self.total.load(Ordering::Relaxed).max(done))
+    }
+
+    /// Has the work end at its next step. A system call that it hangs in is not cut off.
+    pub fn call_off(&self) {
+        self.called_off.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the work was called off.
+    pub fn is_called_off(&self) -> bool {
+        self.called_off.load(Ordering::Relaxed)
     }
 
     /// Does work that says by [`at`] how far it has come.
@@ -139,6 +192,35 @@ mod tests {
         });
         assert_eq!(inside, Some((Spot::Upper, true)));
         assert_eq!(progress.spot(), None, "it is over");
+    }
+
+    #[test]
+    fn work_that_is_called_off_ends_at_its_next_step() {
+        let progress = Arc::<Progress>::default();
+        assert_eq!(go_on(), Ok(()), "nobody follows this thread");
+        let ended = Arc::clone(&progress).follow(|| {
+            expect(3);
+            for step in 0..3 {
+                go_on()?;
+                one_more();
+                if step == 1 {
+                    progress.call_off();
+                }
+            }
+            Ok(())
+        });
+        assert_eq!((ended, progress.counts()), (Err(Errno::CANCELED), (2, 3)));
+    }
+
+    #[test]
+    fn what_comes_on_top_of_what_was_counted_is_in_both_numbers() {
+        let progress = Arc::<Progress>::default();
+        Arc::clone(&progress).follow(|| {
+            expect(1);
+            one_more();
+            one_more();
+        });
+        assert_eq!(progress.counts(), (2, 2));
     }
 
     #[test]

@@ -23,10 +23,12 @@ use layered_stores_overlay::{
     mountinfo::{Cover, MountState, MountTable},
     place::{MountId, NotOurs},
     probe,
+    progress::Progress,
     refresh::{Changes, Outcome, RefreshError, Report, Rung, reconfigure, refresh},
     room::{self, Room},
     swap::{OldMount, OldSuperblock, finish},
 };
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 const PATH: &str = "00000000000000000000000000000000-path";

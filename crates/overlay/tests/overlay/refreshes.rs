@@ -212,3 +212,25 @@ fn names_that_are_no_text_are_looked_at() {
     let stale = probe::stale(layers, [PATH]).expect("probed");
     assert_eq!(stale.iter().map(|stale| stale.symptom).collect::<Vec<_>>(), [probe::Symptom::OtherFile]);
 }
+
+#[test]
+fn a_look_at_all_paths_counts_them_and_ends_when_it_is_called_off() {
+    let store = Store::mounted();
+    let layers = &store.spec.layers;
+    // In both layers, in the lower one, in the upper one, and something that is no path.
+    store.shadow();
+    let also = |number: u8| format!("{number:032}-also");
+    fs::write(layers.lower.as_path().join(also(1)), "").expect("written");
+    fs::write(layers.merged.as_path().join(also(2)), "").expect("written");
+    fs::create_dir(layers.merged.as_path().join(".links")).expect("made");
+
+    let progress = std::sync::Arc::<Progress>::default();
+    let look = || {
+        let progress = std::sync::Arc::clone(&progress);
+        progress.follow(|| probe::expect_all(layers).and_then(|()| probe::stale_of_all(layers)))
+    };
+    let (_, probed) = look().expect("listed");
+    assert_eq!((probed, progress.counts()), (3, (4, 4)), "the one in both is listed twice");
+    progress.call_off();
+    assert_eq!(look(), Err(Errno::CANCELED));
+}
