@@ -15,6 +15,7 @@ use super::{
     gate::Gate,
     questions::{NoAnswer, Questions},
 };
+use crate::supervisor::Caller;
 
 /// A polkit action of `data/org.layeredstores1.policy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -82,6 +83,19 @@ impl Authorization {
             Err(why @ NoAnswer::TooMany(_)) => Err(BusError::limits_exceeded(format!("{what} is refused: {why}"))),
             Err(why) => Err(denied(format!("{why}; {way_out}"))),
         }
+    }
+
+    /// Who a caller is, for what is between them and their own.
+    pub(super) async fn caller(&self, call: &Header<'_>) -> Result<Caller> {
+        let unknown = |why: String| BusError::access_denied(format!("the bus does not know the caller: {why}"));
+        let sender = call.sender().ok_or_else(|| unknown("it has no name".to_owned()))?;
+        let uid = self.uid(sender).await.map_err(|error| unknown(error.to_string()))?;
+        Ok(Caller { name: sender.to_string(), uid })
+    }
+
+    /// Returns when a caller has left the bus.
+    pub(super) async fn gone(&self, caller: &Caller) -> zbus::Result<()> {
+        self.questions.gone(&UniqueName::try_from(caller.name.as_str())?).await
     }
 
     async fn uid(&self, sender: &UniqueName<'_>) -> fdo::Result<u32> {

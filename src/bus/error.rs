@@ -38,7 +38,7 @@ impl From<supervisor::Error> for BusError {
             Error::NoSuchStore(_) | Error::NoStoreAtPath(_) | Error::NothingLeft(_) => {
                 "org.layeredstores1.Error.NoSuchStore"
             }
-            Error::NotOwner(_) => "org.freedesktop.DBus.Error.AccessDenied",
+            Error::NotOwner(_) | Error::NotAsker(_) => "org.freedesktop.DBus.Error.AccessDenied",
             Error::NotActive(..) => "org.layeredstores1.Error.NotActive",
             Error::StartFailed(..) => "org.layeredstores1.Error.StartFailed",
             Error::Busy(..) => "org.layeredstores1.Error.Busy",
@@ -49,6 +49,9 @@ impl From<supervisor::Error> for BusError {
             Error::InUse(..) => "org.layeredstores1.Error.InUse",
             Error::RemoveFailed(..) | Error::ListFailed(_) => "org.layeredstores1.Error.RemoveFailed",
             Error::InvalidConfiguration(_) => "org.layeredstores1.Error.InvalidConfiguration",
+            Error::Cancelled(..) => "org.layeredstores1.Error.Cancelled",
+            Error::NoSuchJob(_) => "org.layeredstores1.Error.NoSuchJob",
+            Error::TooManyJobs(_) => "org.freedesktop.DBus.Error.LimitsExceeded",
             Error::ShuttingDown => "org.layeredstores1.Error.ShuttingDown",
         };
         // What others have named is in it, such as processes; a configuration's mistakes are a line each.

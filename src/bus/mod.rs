@@ -4,10 +4,12 @@ mod authorization;
 mod connections;
 mod error;
 mod gate;
+mod job;
 mod manager;
 mod publisher;
 mod questions;
 mod store;
+mod waiting;
 
 pub use connections::Connections;
 pub use publisher::Publisher;

@@ -3,19 +3,27 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
+    sync::Arc,
 };
 
-use layered_stores_client::{BUS_NAME, MANAGER_PATH, store_path};
+use layered_stores_client::{BUS_NAME, MANAGER_PATH, job_path, store_path};
 use layered_stores_model::StoreName;
 use zbus::{
-    Connection, fdo,
+    Connection, DBusError as _, fdo,
     names::InterfaceName,
     object_server::{Interface as _, SignalEmitter},
     wire::{OwnedVariant, Variant},
 };
 
-use super::{Connections, authorization::Authorization, manager::Manager, store::Store};
-use crate::supervisor::{Event, Handle, Status, StatusCell};
+use super::{
+    Connections,
+    authorization::Authorization,
+    error::BusError,
+    job::{self, Job},
+    manager::Manager,
+    store::Store,
+};
+use crate::supervisor::{self, Event, Handle, JobNews, Status, StatusCell};
 
 /// Serves the manager and the stores.
 pub struct Publisher {
@@ -72,9 +80,38 @@ impl Publisher {
                 self.changed.remove(&name);
                 self.connection.object_server().remove::<Store, _>(store_path(&name)).await?;
             }
+            Event::Job(news) => self.publish_job(news).await?,
             Event::Progress { .. } | Event::Settled { .. } => {}
         }
         Ok(())
+    }
+
+    async fn publish_job(&self, news: JobNews) -> zbus::Result<()> {
+        let server = self.connection.object_server();
+        match news {
+            JobNews::Asked(asked, reply) => {
+                let (handle, authorization) = (self.handle.clone(), self.authorization.clone());
+                let job = Job { job: Arc::clone(&asked.job), handle, authorization };
+                // Somebody else may have asked for it before.
+                server.at(job_path(asked.job.id()), job).await?;
+                let _ = reply.send(Ok(asked));
+            }
+            JobNews::Changed(job) => self.job_changed(&job).await?,
+            JobNews::Over(job) => {
+                self.job_changed(&job).await?;
+                let error = job.outcome().and_then(Result::err).map(BusError::from);
+                let error = error.as_ref().and_then(|error| error.description()).unwrap_or_default();
+                let emitter = SignalEmitter::new(&self.connection, job_path(job.id()))?;
+                Job::finished(&emitter, job.state(), error).await?;
+            }
+            JobNews::Forgotten(id) => drop(server.remove::<Job, _>(job_path(id)).await?),
+        }
+        Ok(())
+    }
+
+    async fn job_changed(&self, job: &supervisor::Job) -> zbus::Result<()> {
+        let emitter = SignalEmitter::new(&self.connection, job_path(job.id()))?;
+        fdo::Properties::properties_changed(&emitter, Job::name(), job::changing(job), Cow::Borrowed(&[])).await
     }
 
     /// Sends the changes gathered so far.

@@ -109,7 +109,7 @@ impl Questions {
     }
 
     /// Returns when a caller has left the bus.
-    async fn gone(&self, sender: &UniqueName<'_>) -> zbus::Result<()> {
+    pub(super) async fn gone(&self, sender: &UniqueName<'_>) -> zbus::Result<()> {
         let mut changes = self.bus.receive_name_owner_changed_with_args(&[(0, sender.as_str())]).await?;
         if self.bus.name_has_owner(sender.to_owned().into()).await? {
             changes.next().await;

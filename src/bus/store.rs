@@ -1,11 +1,13 @@
 //! `org.layeredstores1.Store`.
 
+use layered_stores_client::job_path;
 use layered_stores_model::StoreName;
-use zbus::{interface, message::Header};
+use zbus::{interface, message::Header, wire::OwnedObjectPath};
 
 use super::{
     authorization::{Action, Authorization},
     error::Result,
+    waiting,
 };
 use crate::supervisor::{Asker, Command, Handle, Status, StatusCell};
 
@@ -56,13 +58,18 @@ impl Store {
         Ok(self.handle.ask(|reply| Command::Remount(name, Asker::Allowed, reply)).await?)
     }
 
-    /// Looks at every path and returns those whose merged view is not what the layers say: the path's name and what is
-    /// wrong; the first 4096 of them. Changes nothing. Needs `org.layeredstores1.verify`.
-    #[zbus(out_args("stale"))]
-    async fn verify(&self, #[zbus(header)] call: Header<'_>) -> Result<Vec<(String, String)>> {
+    /// Looks at every path for those whose merged view is not what the layers say, and changes nothing. Returns the job that
+    /// does it, whose `GetResult` has them: one that begins after this call, for as long as the caller stays on the bus. Needs
+    /// `org.layeredstores1.verify`.
+    #[zbus(out_args("job"))]
+    async fn verify(&self, #[zbus(header)] call: Header<'_>) -> Result<OwnedObjectPath> {
         let name = self.check(&call, Action::Verify).await?;
-        let stale = self.handle.ask(|reply| Command::Verify(name, reply)).await?;
-        Ok(stale.into_iter().map(|stale| (stale.shown_name(), stale.symptom.to_string())).collect())
+        let caller = self.authorization.caller(&call).await?;
+        let asked = self.handle.ask(|reply| Command::Verify(name, caller.clone(), reply)).await?;
+        if let Some(waits_no_more) = asked.waits_no_more {
+            waiting::follow(caller, waits_no_more, self.authorization.clone(), self.handle.clone());
+        }
+        Ok(job_path(asked.job.id()))
     }
 
     /// The store's name.

@@ -27,11 +27,11 @@ impl Arguments {
 /// What the codes mean that commands end with.
 pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify) or
-stores that are not active (start, reload).";
+stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).";
 
 const AFTER_HELP: &str = "\
 Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify) or
-stores that are not active (start, reload).
+stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).
 
 Build into the store \"ci\":  nix build --store \"$(layered-stores uri ci)\" …
 Use what was built there:   layered-stores enter ci -- /nix/store/…/bin/hello";
@@ -89,6 +89,8 @@ pub enum Command {
         names: Vec<StoreName>,
     },
     /// Look at every path of a store and name those whose merged view is wrong
+    ///
+    /// On a terminal it is shown how far that is. Ctrl-C cancels it; once more, and nobody waits for the daemon to do so.
     Verify {
         /// The store
         name: StoreName,

@@ -7,7 +7,6 @@ use layered_stores_client::{Client, ClientError, Properties};
 use layered_stores_model::{
     AbsolutePath, StoreName,
     config::{self, Defaults, Diagnostic, Keys},
-    printable,
 };
 use serde_json::json;
 
@@ -22,6 +21,7 @@ use super::{
     status::status,
     uri::uri,
     usage,
+    verify::verify,
 };
 use crate::supervisor::user_of;
 
@@ -141,23 +141,6 @@ async fn list(json: bool) -> Result<ExitCode> {
         print(&stores.iter().map(|(name, state, _)| format!("{name:width$}  {state}\n")).collect::<String>())?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-async fn verify(name: &StoreName, json: bool) -> Result<ExitCode> {
-    let client = Client::connect().await?;
-    client.status(name).await?;
-    let stale = client.store(name).await?.verify().await.map_err(ClientError::from)?;
-    if json {
-        let objects = stale.iter().map(|(path, problem)| json!({"path": path, "problem": problem}));
-        print_json(&objects.collect::<Vec<_>>())?;
-    } else if stale.is_empty() {
-        print(&format!("{name}: every path of the merged directory is what its layers say\n"))?;
-    } else {
-        let lines = stale.iter().map(|(path, problem)| format!("{}: {problem}\n", printable(path)));
-        let number = render::count(stale.len(), "path");
-        print(&format!("{}{name}: {number} stale; run `layered-stores remount {name}`\n", lines.collect::<String>()))?;
-    }
-    Ok(if stale.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(PROBLEMS) })
 }
 
 async fn wait(names: &[StoreName], timeout: Duration) -> Result<ExitCode> {

@@ -3,6 +3,7 @@
 pub mod args;
 mod commands;
 mod enter;
+mod follow;
 mod generate;
 mod inside;
 mod output;
@@ -12,6 +13,7 @@ mod render;
 mod status;
 mod uri;
 mod usage;
+mod verify;
 
 pub use commands::{run, run_internal};
 pub use output::{complain, wrapped};

@@ -2,6 +2,8 @@
 
 use layered_stores_model::StoreName;
 
+use super::Kind;
+
 /// Why a command was not carried out. Each becomes a D-Bus error of its own name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -56,6 +58,18 @@ pub enum Error {
     /// The configuration holds mistakes. The old one stays.
     #[error("the configuration was not changed:\n{0}")]
     InvalidConfiguration(String),
+    /// Nobody waits for a job any more, or root has ended it.
+    #[error("{0} of store {1:?} was cancelled")]
+    Cancelled(Kind, StoreName),
+    /// There is no such job, or not any more.
+    #[error("there is no job {0}; one that is over is forgotten once its result was read, or after a minute")]
+    NoSuchJob(u64),
+    /// Somebody else has asked for the job.
+    #[error("job {0} is of somebody else; only root and who has asked for it may do that")]
+    NotAsker(u64),
+    /// Too much is under way.
+    #[error("{0} jobs of this user are under way, or too many of all users; wait for them, or cancel some")]
+    TooManyJobs(usize),
     /// The daemon is going down.
     #[error("the daemon is shutting down; the mounts stay")]
     ShuttingDown,

@@ -6,10 +6,7 @@ use std::{
 };
 
 use layered_stores_model::{AbsolutePath, StoreName, excerpt};
-use layered_stores_overlay::{
-    probe::Stale,
-    remove::{self, LeftOver},
-};
+use layered_stores_overlay::remove::{self, LeftOver};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -18,6 +15,7 @@ use tokio::{
 use super::{
     Error,
     entry::Reply,
+    jobs::{Asked, Caller, JobCommand, JobNews},
     status::{Status, StatusCell},
 };
 use crate::systemd::SocketState;
@@ -43,7 +41,9 @@ pub enum Command {
     /// Refresh a store's merged view now.
     Remount(StoreName, Asker, Reply),
     /// Look at all paths of a store.
-    Verify(StoreName, Reply<Vec<Stale>>),
+    Verify(StoreName, Caller, Reply<Asked>),
+    /// Something about a job.
+    Job(JobCommand),
     /// Remove what is in a store that is not mounted, or what is left of one.
     RemoveData(StoreName, Reply),
     /// Read the configuration again.
@@ -66,6 +66,8 @@ pub enum Event {
     },
     /// A store is gone.
     Removed(StoreName),
+    /// There is news of a job.
+    Job(JobNews),
     /// A start or a reload is under way.
     Progress {
         /// How many stores are active so far.
@@ -146,6 +148,12 @@ impl Handle {
     /// Whether a user owns a store, or may turn out to.
     pub fn may_be_owner(&self, uid: u32) -> bool {
         self.stores().iter().any(|cell| cell.read(|status| status.may_be_owner(uid)))
+    }
+
+    /// Sends a command that has no answer.
+    pub async fn tell(&self, command: Command) {
+        // An engine that is gone needs to know nothing.
+        let _ = self.commands.send(command).await;
     }
 
     /// Sends a command and awaits its answer.

@@ -196,8 +196,8 @@ pub(super) trait Machine: Debug + Send + Sync {
     /// Whether the upper layer takes writes.
     fn room(&self, spec: &Arc<StoreSpec>) -> Operated<Room>;
 
-    /// Looks at every path of a mounted store and changes nothing.
-    fn verify(&self, spec: &Arc<StoreSpec>, mount: Option<MountId>) -> Operated<Vec<Stale>>;
+    /// Looks at every path of a mounted store and changes nothing. By `progress` it is seen how many, and it can be called off.
+    fn verify(&self, spec: &Arc<StoreSpec>, mount: Option<MountId>, progress: Arc<Progress>) -> Operated<Vec<Stale>>;
 
     /// Removes all that is in a store that is not mounted. `own` is the directory it has for itself, if it was not given others.
     fn remove(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>, own: Option<AbsolutePath>) -> Operated<()>;

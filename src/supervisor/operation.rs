@@ -28,6 +28,8 @@ use layered_stores_overlay::{
     watch::{WatchError, Watches},
 };
 
+use rustix::io::Errno;
+
 use super::{
     machine::{Guard, Refreshing, SwappedOut},
     nix_daemon,
@@ -430,14 +432,20 @@ pub(super) async fn remove(
     errand.run_long(remove).await
 }
 
-/// Looks at every path of a mounted store and changes nothing. `mount` is the store's mount, if it is known.
+/// Looks at every path of a mounted store and changes nothing. `mount` is the store's mount, if it is known. How many paths
+/// there are is counted first, for the errand's progress, by which it can be called off.
 pub(super) async fn verify(errand: Errand, mount: Option<MountId>) -> Result<Vec<Stale>, OperationError> {
     let spec = Arc::clone(&errand.spec);
     let verify = move || {
         // Nothing of it stays open: whoever stops the store meanwhile would find it in use for as long as that.
         Top::of(&spec.layers, mount).map_err(RefreshError::from)?;
         look(&spec)?;
-        let (stale, _) = probe::stale_of_all(&spec.layers).map_err(|errno| RefreshError::look(&spec.layers, errno))?;
+        let layers = &spec.layers;
+        let (stale, _) = probe::expect_all(layers).and_then(|()| probe::stale_of_all(layers)).map_err(|errno| {
+            // What is called off looks at nothing more, not even for what is wrong.
+            let is_called_off = errno == Errno::CANCELED;
+            if is_called_off { OperationError::CalledOff } else { RefreshError::look(layers, errno).into() }
+        })?;
         Ok(stale)
     };
     errand.run_long(verify).await

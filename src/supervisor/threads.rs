@@ -86,7 +86,12 @@ impl Threads {
 
     /// Something that is to be done about a store.
     pub(super) fn errand(&self, spec: Arc<StoreSpec>) -> Errand {
-        Errand { spec, progress: Arc::default(), threads: self.clone() }
+        self.errand_with(spec, Arc::default())
+    }
+
+    /// The same, followed by somebody else as well.
+    pub(super) fn errand_with(&self, spec: Arc<StoreSpec>, progress: Arc<Progress>) -> Errand {
+        Errand { spec, progress, threads: self.clone() }
     }
 
     /// Where the filesystem is mounted that a path lies on, by the mount table's text: the path is not touched.

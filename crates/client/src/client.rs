@@ -15,6 +15,7 @@ use zbus::{
 use crate::reach::{is_running, reach};
 use crate::{
     BUS_NAME, MANAGER_PATH,
+    job::Job,
     proxy::{ManagerProxy, Properties, StoreProxy},
     store_path,
 };
@@ -58,6 +59,9 @@ pub enum ClientError {
     /// A store that was to be started, and is not active.
     #[error("{0}")]
     NotUp(String),
+    /// The daemon that was asked has ended before it had answered.
+    #[error("layered-storesd has ended meanwhile; see `systemctl status layered-storesd`, and run this again")]
+    Gone,
     /// It does not answer.
     #[error("no answer within {} s; see `systemctl status layered-storesd dbus`", PATIENCE.as_secs())]
     Silent,
@@ -152,6 +156,14 @@ impl Client {
     /// [`ClientError`].
     pub async fn store(&self, name: &StoreName) -> Result<StoreProxy<'_>, ClientError> {
         Ok(StoreProxy::builder(&self.connection).path(store_path(name)).build().await?)
+    }
+
+    /// Has every path of a store looked at.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn verify(&self, name: &StoreName) -> Result<Job, ClientError> {
+        Job::verify(&self.connection, name).await
     }
 
     /// The properties of one store.

@@ -5,6 +5,7 @@
 
 mod client;
 pub mod hook;
+mod job;
 mod proxy;
 mod reach;
 
@@ -12,7 +13,8 @@ use layered_stores_model::StoreName;
 use zbus::wire::{ObjectPath, OwnedObjectPath};
 
 pub use client::{Client, ClientError};
-pub use proxy::{ManagerProxy, Properties, StoreProxy};
+pub use job::Job;
+pub use proxy::{JobProxy, ManagerProxy, Properties, StoreProxy};
 pub use reach::why_it_cannot_come;
 
 /// The well-known name of the daemon.
@@ -20,6 +22,11 @@ pub const BUS_NAME: &str = "org.layeredstores1";
 
 /// The object of the manager and of the ObjectManager.
 pub const MANAGER_PATH: &str = "/org/layeredstores1";
+
+/// The object of a job.
+pub fn job_path(id: u64) -> OwnedObjectPath {
+    ObjectPath::try_from(format!("{MANAGER_PATH}/job/{id}")).expect("digits make a valid path").into()
+}
 
 /// The object of a store.
 pub fn store_path(name: &StoreName) -> OwnedObjectPath {

@@ -45,9 +45,43 @@ pub trait Store {
     #[zbus(allow_interactive_auth)]
     fn remount(&self) -> zbus::Result<()>;
 
-    /// Looks at every path and changes nothing. What is stale: name and reason.
+    /// Begins a look at every path, which changes nothing. The job's result is what is stale: name and reason.
     #[zbus(allow_interactive_auth)]
-    fn verify(&self) -> zbus::Result<Vec<(String, String)>>;
+    fn verify(&self) -> zbus::Result<OwnedObjectPath>;
+}
+
+/// Something long that is done about a store.
+#[proxy(interface = "org.layeredstores1.Job", default_service = "org.layeredstores1")]
+pub trait Job {
+    /// Waits for it no more, and ends it if nobody else does.
+    fn cancel(&self) -> zbus::Result<()>;
+
+    /// Returns when it is over, with what it has found.
+    fn get_result(&self) -> zbus::Result<Vec<(String, String)>>;
+
+    /// It is over: how, and why if it has not succeeded.
+    #[zbus(signal)]
+    fn finished(&self, result: String, error: String) -> zbus::Result<()>;
+
+    /// What it does.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn kind(&self) -> zbus::Result<String>;
+
+    /// The store that it is about.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn store(&self) -> zbus::Result<String>;
+
+    /// `waiting`, `running`, `succeeded`, `failed` or `cancelled`.
+    #[zbus(property)]
+    fn state(&self) -> zbus::Result<String>;
+
+    /// How much is done.
+    #[zbus(property)]
+    fn done(&self) -> zbus::Result<u64>;
+
+    /// How much there is to do; 0 until that is known.
+    #[zbus(property)]
+    fn total(&self) -> zbus::Result<u64>;
 }
 
 /// The properties of a store. As JSON, the names in kebab-case.
@@ -128,6 +162,7 @@ mod tests {
 
     const MANAGER: &str = include_str!("../../../data/org.layeredstores1.Manager.xml");
     const STORE: &str = include_str!("../../../data/org.layeredstores1.Store.xml");
+    const JOB: &str = include_str!("../../../data/org.layeredstores1.Job.xml");
 
     /// The values of some attributes of all elements of a kind, as `make lint` has seen that it is XML.
     fn elements<'x, const N: usize>(xml: &'x str, kind: &str, attributes: [&str; N]) -> Vec<[&'x str; N]> {
@@ -188,7 +223,9 @@ mod tests {
             (STORE, "Start", ""),
             (STORE, "Stop", ""),
             (STORE, "Remount", ""),
-            (STORE, "Verify", &stale),
+            (STORE, "Verify", "o"),
+            (JOB, "Cancel", ""),
+            (JOB, "GetResult", &stale),
         ] {
             assert_eq!(answers(xml, method), answer, "{method}");
         }

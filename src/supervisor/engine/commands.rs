@@ -12,7 +12,7 @@ use layered_stores_model::{
 use layered_stores_overlay::mountinfo::MountState;
 use tokio::time::Instant;
 
-use super::{Engine, done::Done, number};
+use super::{Engine, number};
 use crate::supervisor::{
     Error,
     entry::{Entry, Reply, answer},
@@ -51,18 +51,8 @@ impl Engine {
                     }
                 }
             }
-            Command::Verify(name, reply) => {
-                let Some(entry) = self.entries.get_mut(&name) else { return no_such_store(&name, reply) };
-                if let Some(stuck) = &entry.stuck {
-                    let _ = reply.send(Err(Error::Stuck(name, stuck.clone())));
-                } else if entry.phase == Phase::Active {
-                    entry.waiting.verifying.ask(reply);
-                    entry.rooms.soon(Instant::now());
-                    self.verify(&name);
-                } else {
-                    let _ = reply.send(Err(entry.not_active()));
-                }
-            }
+            Command::Verify(name, caller, reply) => self.verify(&name, caller, reply),
+            Command::Job(command) => self.job_command(command),
             Command::RemoveData(name, reply) => self.remove_data(name, reply),
             Command::Sockets(asked, sockets) => self.sockets_seen(asked, &sockets),
             Command::Reload(reply) => {
@@ -70,18 +60,6 @@ impl Engine {
                 self.reload();
             }
         }
-    }
-
-    /// Looks at all paths of a store, if somebody waits for that and nobody does it.
-    pub(super) fn verify(&mut self, name: &StoreName) {
-        let Some(entry) = self.entries.get_mut(name) else { return };
-        if !entry.waiting.verifying.begin() {
-            return;
-        }
-        let begun = self.machine.verify(&entry.spec, entry.mounted);
-        entry.follow(&begun.progress);
-        let name = name.clone();
-        self.operations.spawn(async move { (name, Done::Verified(begun.result.await)) });
     }
 
     /// Reads the configuration, if somebody waits for that and nobody does it.

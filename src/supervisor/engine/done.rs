@@ -32,7 +32,7 @@ pub(super) enum Done {
     Held(Result<Held, OperationError>),
     OwnerSeen(Option<String>),
     RoomSeen(Result<Room, OperationError>),
-    Verified(Result<Vec<Stale>, OperationError>),
+    Job(u64, Option<Result<Vec<Stale>, OperationError>>),
     Served(Option<Service>, Result<(), OperationError>),
     Removed(Result<(), OperationError>),
     LeftOverRemoved(Result<(), Error>),
@@ -53,14 +53,12 @@ impl Engine {
             self.is_left_over_removed(name, &result);
             return;
         }
-        let Some(entry) = self.entries.get_mut(name) else { return };
-        entry.forget_ended();
-        if let Done::Verified(result) = done {
-            let result = result.map_err(|error| Error::RefreshFailed(name.clone(), error.to_string()));
-            answer(entry.waiting.verifying.end(), &result);
-            self.verify(name);
+        if let Done::Job(id, brought) = done {
+            self.job_came_back(name, id, brought);
             return;
         }
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.forget_ended();
         if let Done::OwnerSeen(wrong) = done {
             match wrong {
                 Some(message) => entry.problem(Problem::OtherOwner, message),
@@ -127,8 +125,7 @@ impl Engine {
                 }
             },
             Done::Removed(result) => self.is_removed(name, result),
-            Done::Up(Ok(_)) | Done::LeftOverRemoved(_) | Done::Verified(_) | Done::OwnerSeen(_) | Done::RoomSeen(_) => {
-            }
+            Done::Up(Ok(_)) | Done::LeftOverRemoved(_) | Done::Job(..) | Done::OwnerSeen(_) | Done::RoomSeen(_) => {}
         }
         self.publish(name);
         self.refresh_if_asked(name);
@@ -200,7 +197,9 @@ impl Engine {
             Release::Forget if entry.want != Want::Gone => entry.down(),
             Release::Forget => {
                 answer(std::mem::take(&mut entry.waiting.stopping), &Ok(()));
-                entry.waiting.answer_all(&Error::NoSuchStore(name.to_string()));
+                let error = Error::NoSuchStore(name.to_string());
+                entry.waiting.answer_all(&error);
+                self.jobs.fail_all_of(name, &error, Instant::now());
                 let upper = &entry.spec.layers.upper;
                 if is_whole {
                     tracing::info!(store = %name, "{name}: forgotten; its data stays in {upper}");

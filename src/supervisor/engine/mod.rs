@@ -3,6 +3,7 @@
 mod commands;
 mod done;
 mod hold;
+mod jobs;
 mod recall;
 mod reconcile;
 mod refresh;
@@ -33,6 +34,7 @@ use super::{
     askers::Askers,
     entry::{Entry, Reply, answer},
     handle::{Command, Event, Handle, Registry},
+    jobs::Jobs,
     machine::{Host, Machine},
     plan::{Phase, Want},
     record::{Known, RecordError},
@@ -61,6 +63,7 @@ pub struct Engine {
     operations: JoinSet<(StoreName, Done)>,
     /// The directories of stores that are not declared any more which are being removed.
     removing: BTreeMap<StoreName, Removing>,
+    jobs: Jobs,
     retirements: Retirements,
     /// When to look at the mount table and plan.
     look_at: Option<Instant>,
@@ -131,6 +134,7 @@ impl Engine {
             entries: BTreeMap::new(),
             registry: Arc::clone(&registry),
             commands,
+            jobs: Jobs::new(events.clone()),
             events,
             operations: JoinSet::new(),
             removing: BTreeMap::new(),
@@ -226,6 +230,7 @@ impl Engine {
         answer(removing, &Err(Error::ShuttingDown));
         let reloads = self.reloading.all().into_iter().chain(self.reload_applied.drain(..));
         answer(reloads, &Err(Error::ShuttingDown));
+        self.jobs.shut_down().await;
         self.retirements.finish().await;
         Ok(())
     }
@@ -241,7 +246,13 @@ impl Engine {
                 [refresh::refresh_at(entry, free), retry, serve, entry.stuck_due(), entry.refreshes.tell_at(now)];
             times.into_iter().chain([room::room_at(entry), hold::hold_at(entry)]).flatten().min()
         };
-        self.entries.values().filter_map(of_entry).chain(self.look_at).chain(self.look_at_stuck).min()
+        self.entries
+            .values()
+            .filter_map(of_entry)
+            .chain(self.look_at)
+            .chain(self.look_at_stuck)
+            .chain(self.jobs.due())
+            .min()
     }
 
     fn due(&mut self) {
@@ -261,6 +272,7 @@ impl Engine {
         self.hold_due(now);
         self.refresh_due(now);
         self.look_at_rooms(now);
+        self.jobs.look(now);
         if self.look_at.is_some_and(|at| at <= now) {
             self.look_at = None;
             self.reconcile();

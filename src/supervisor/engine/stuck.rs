@@ -29,7 +29,10 @@ impl Engine {
         for entry in self.entries.values_mut() {
             let hangs = entry.waits_for().filter(|(_, since)| *since + DEADLINE <= now);
             match (hangs, &entry.stuck) {
-                (Some((spot, _)), None) => stick(entry, spot, &*self.machine),
+                (Some((spot, _)), None) => {
+                    let error = stick(entry, spot, &*self.machine);
+                    self.jobs.fail_all_of(&entry.spec.name, &error, now);
+                }
                 (None, Some(_)) => go_on(entry, now),
                 _ => continue,
             }
@@ -49,18 +52,20 @@ impl Engine {
     }
 }
 
-/// Gives up waiting for a store. What is being done about it goes on if it can.
-fn stick(entry: &mut Entry, spot: Spot, machine: &dyn Machine) {
+/// Gives up waiting for a store. What is being done about it goes on if it can. Returns what those are told who wait for it.
+fn stick(entry: &mut Entry, spot: Spot, machine: &dyn Machine) -> Error {
     let message = describe(&entry.spec, spot, machine);
     entry.stuck = Some(message.clone());
     entry.problem(Problem::Stuck, message.clone());
     let name: StoreName = entry.spec.name.clone();
     let is_stop_refused = !entry.waiting.stopping.is_empty() && entry.want == Want::Down && entry.op != Some(Op::Stop);
-    entry.waiting.answer_all(&Error::Stuck(name, message));
+    let error = Error::Stuck(name, message);
+    entry.waiting.answer_all(&error);
     if is_stop_refused {
         // It has no effect, now or later.
         entry.want(Want::Up);
     }
+    error
 }
 
 fn go_on(entry: &mut Entry, now: Instant) {

@@ -1,10 +1,9 @@
 //! Those who wait for something of a store.
 
 use layered_stores_model::StoreName;
-use layered_stores_overlay::probe::Stale;
 use tokio::sync::oneshot;
 
-use crate::supervisor::{Error, askers::Askers};
+use crate::supervisor::Error;
 
 /// Where the answer to a command goes.
 pub(in crate::supervisor) type Reply<T = ()> = oneshot::Sender<Result<T, Error>>;
@@ -32,8 +31,6 @@ pub(in crate::supervisor) struct Waiting {
     pub(in crate::supervisor) unproven: Vec<(u32, Reply)>,
     /// Until there may be another swap.
     pub(in crate::supervisor) queueing: Vec<Reply>,
-    /// For a look at all paths.
-    pub(in crate::supervisor) verifying: Askers<Vec<Stale>>,
 }
 
 impl Waiting {
@@ -61,7 +58,6 @@ impl Waiting {
     pub(in crate::supervisor) fn answer_all(&mut self, error: &Error) {
         let waiting = [&mut self.starting, &mut self.stopping, &mut self.removing, &mut self.refreshing];
         answer(waiting.into_iter().flat_map(std::mem::take), &Err(error.clone()));
-        answer(self.verifying.all(), &Err(error.clone()));
         answer(self.all_remounting(), &Err(error.clone()));
     }
 }

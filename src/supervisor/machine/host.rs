@@ -242,8 +242,9 @@ impl Machine for Host {
         self.begin(spec, |_, errand| operation::room(errand))
     }
 
-    fn verify(&self, spec: &Arc<StoreSpec>, mount: Option<MountId>) -> Operated<Vec<Stale>> {
-        self.begin(spec, |_, errand| operation::verify(errand, mount))
+    fn verify(&self, spec: &Arc<StoreSpec>, mount: Option<MountId>, progress: Arc<Progress>) -> Operated<Vec<Stale>> {
+        let errand = self.tools.threads.errand_with(Arc::clone(spec), Arc::clone(&progress));
+        Begun { progress, result: Box::pin(operation::verify(errand, mount)) }
     }
 
     fn remove(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>, own: Option<AbsolutePath>) -> Operated<()> {

@@ -55,6 +55,8 @@ pub(in crate::supervisor) enum OperationError {
          had; mount the lower store again, or name another"
     )]
     LowerTakenAway(AbsolutePath),
+    #[error("it was called off")]
+    CalledOff,
     #[error("a mistake of layered-storesd, please report it: {0}")]
     Panic(String),
 }

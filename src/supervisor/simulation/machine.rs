@@ -13,7 +13,12 @@ use layered_stores_model::{
     config::{Config, ConfigError},
 };
 use layered_stores_overlay::{
-    mountinfo::MountTable, place::MountId, probe::Stale, progress::Spot, refresh::Changes, room::Room,
+    mountinfo::MountTable,
+    place::MountId,
+    probe::Stale,
+    progress::{Progress, Spot},
+    refresh::Changes,
+    room::Room,
     swap::OldSuperblock,
 };
 use rustix::io::Errno;
@@ -216,7 +221,7 @@ impl Machine for Simulated {
         self.begin(spec, Doing::room)
     }
 
-    fn verify(&self, spec: &Arc<StoreSpec>, _: Option<MountId>) -> Operated<Vec<Stale>> {
+    fn verify(&self, spec: &Arc<StoreSpec>, _: Option<MountId>, _: Arc<Progress>) -> Operated<Vec<Stale>> {
         self.begin(spec, Doing::verify)
     }
 

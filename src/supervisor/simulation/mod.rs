@@ -21,7 +21,9 @@ use tokio::{
 };
 use world::{NAMES, STATE_DIR, World};
 
-use super::{Asker, Command, Engine, Error, Event as News, Handle, State, Status, entry::Reply};
+use super::{
+    Asker, Caller, Command, Engine, Error, Event as News, Handle, JobCommand, JobNews, State, Status, entry::Reply,
+};
 use crate::systemd::SocketState;
 
 /// The user who owns all stores.
@@ -108,7 +110,6 @@ struct Daemon {
     handle: Handle,
     engine: JoinHandle<std::io::Result<()>>,
     stop: oneshot::Sender<()>,
-    news: mpsc::UnboundedReceiver<News>,
 }
 
 /// Somebody who has asked for something.
@@ -139,6 +140,21 @@ impl Play {
         self.waiters.push(Waiter { what, since: Instant::now(), answer });
     }
 
+    fn verify(&mut self, of: usize) {
+        let handle = self.daemon.handle.clone();
+        let caller = Caller { name: ":1.7".to_owned(), uid: 0 };
+        let answer = tokio::spawn(async move {
+            let asked = handle.ask(|reply| Command::Verify(name(of), caller.clone(), reply)).await?;
+            let result = |reply| Command::Job(JobCommand::Result(asked.job.id(), caller, reply));
+            match handle.ask(result).await {
+                // It was over, and this caller has read it as another asker.
+                Err(Error::NoSuchJob(_)) => Ok(()),
+                result => result.map(drop),
+            }
+        });
+        self.waiters.push(Waiter { what: format!("verify {of}"), since: Instant::now(), answer });
+    }
+
     /// The configured specification of a store.
     fn spec(&self, name: &StoreName) -> Option<StoreSpec> {
         self.world.lock().config().stores.into_iter().find(|spec| spec.name == *name)
@@ -158,7 +174,7 @@ impl Play {
             Event::Remount(of, asker) => {
                 self.ask(format!("remount {of} for {asker:?}"), move |reply| Command::Remount(name(of), asker, reply));
             }
-            Event::Verify(of) => self.ask(format!("verify {of}"), move |reply| Command::Verify(name(of), reply)),
+            Event::Verify(of) => self.verify(of),
             Event::RemoveData(of) => {
                 world.lock().store(&name(of)).may_be_emptied = true;
                 self.ask(format!("remove-data {of}"), move |reply| Command::RemoveData(name(of), reply));
@@ -252,7 +268,6 @@ impl Play {
         for waiter in self.waiters.iter().filter(|waiter| waiter.since.elapsed() > PATIENCE) {
             self.world.blame(format!("whoever asked for {} still waits", waiter.what));
         }
-        while self.daemon.news.try_recv().is_ok() {}
     }
 
     /// Has all that is in the way go away, and everything come to rest.
@@ -402,11 +417,19 @@ impl Play {
 
 impl Daemon {
     async fn start(world: &Arc<World>) -> Self {
-        let (events, news) = mpsc::unbounded_channel();
+        let (events, mut news) = mpsc::unbounded_channel();
         let state_dir = STATE_DIR.parse().expect("valid");
         let config = world.lock().config();
         let machine = Arc::new(Simulated(Arc::clone(world)));
         let (engine, handle) = Engine::on(machine, state_dir, config, events).await.expect("an engine");
+        tokio::spawn(async move {
+            while let Some(news) = news.recv().await {
+                // As the bus does it, once there is an object for the job.
+                if let News::Job(JobNews::Asked(asked, reply)) = news {
+                    let _ = reply.send(Ok(asked));
+                }
+            }
+        });
         let (stop, stops) = oneshot::channel();
         let stops = async move {
             // Whoever drops the sender has something else in mind.
@@ -414,7 +437,7 @@ impl Daemon {
                 std::future::pending::<()>().await;
             }
         };
-        Self { handle, engine: tokio::spawn(engine.run(stops, None, || {})), stop, news }
+        Self { handle, engine: tokio::spawn(engine.run(stops, None, || {})), stop }
     }
 }
 
