@@ -1,5 +1,5 @@
 # The D-Bus API is what the shipped files say it is, to the letter: documentation, arguments,
-# annotations.
+# annotations. The scenario jobs does the same for a job.
 #
 # Other programs are generated from these files. When the API changes on purpose, the failure prints
 # what belongs into the file.
