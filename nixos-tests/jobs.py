@@ -13,7 +13,7 @@ JOBS = "/org/layeredstores1/job"
 JOB = "org.layeredstores1.Job"
 RULES = "/run/polkit-1/rules.d"
 # How many jobs a user may wait for.
-EACH = 16
+EACH = 8
 
 # Runs a command on a terminal of 80 columns, presses Ctrl-C once it has shown what it is to show,
 # and says what there was on the terminal, how the command has ended, and how soon after Ctrl-C.
@@ -22,6 +22,7 @@ import json, os, sys, time
 shows, presses, command = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 child, terminal = os.forkpty()
 if child == 0:
+    os.environ["TERM"] = "xterm"
     os.execlp("sh", "sh", "-c", f"stty cols 80 rows 24; exec {command}")
 seen, pressed = b"", None
 while True:
@@ -96,10 +97,17 @@ def wait_until_it_gets_on(job: str) -> None:
 
 def begin(unit: str, user: str = "root") -> None:
     """Has somebody wait for a look at all paths."""
+    verify = "exec layered-stores verify ci"
+    if user != "root":
+        # Who asks too much of polkit at a time is sent away for that.
+        verify = (
+            "while :; do said=$(layered-stores verify ci 2>&1); code=$?; "
+            'case $said in *questions*) ;; *) echo "$said"; exit $code;; esac; done'
+        )
     machine.succeed(
         f"systemd-run --quiet --unit={unit} --uid={user} -p RemainAfterExit=yes "
         f"-p StandardOutput=truncate:/run/{unit}.said -p StandardError=inherit "
-        '--setenv=PATH="$PATH" "$(command -v layered-stores)" verify ci'
+        f'--setenv=PATH="$PATH" "$(command -v sh)" -c {shlex.quote(verify)}'
     )
 
 
@@ -162,8 +170,8 @@ with subtest("Everybody sees what it is about and how far it is"), slow("20ms"):
 
     with subtest("Somebody else may look and no more"):
         for member in ("Cancel", "GetResult"):
-            call = f"busctl call org.layeredstores1 {first} {JOB} {member} 2>&1"
-            said = machine.fail(by("alice", call))
+            call = f"--print-reply --dest=org.layeredstores1 {first} {JOB}.{member} 2>&1"
+            said = machine.fail(by("alice", f"dbus-send --system {call}"))
             assert "somebody else" in said, said
         assert read(first, "State") == "running"
 
@@ -240,16 +248,16 @@ with subtest("A user waits for so many, and cancels them from elsewhere"):
         "systemctl restart polkit",
     )
     with slow("20ms"):
-        for number in range(EACH):
+        for number in range(EACH + 1):
             begin(f"hers-{number}", "alice")
             # The first is under way before the others ask, so that they share the second.
             wait_for_jobs(min(number + 1, 2))
-        running, waiting = jobs()
-        said = machine.fail(by("alice", "timeout 60 layered-stores verify ci 2>&1"))
-        assert f"{EACH} jobs of this user are under way" in said, said
-        for job in (running, waiting):
+        # The last to ask, whichever it is.
+        refused = f"grep -l '{EACH} jobs of this user are under way' /run/hers-*.said"
+        machine.wait_until_succeeds(f"test $({refused} | wc -l) = 1", timeout=60)
+        for job in jobs():
             machine.succeed(by("alice", f"busctl call org.layeredstores1 {job} {JOB} Cancel"))
-        for number in range(EACH):
-            assert end_of(f"hers-{number}")[0] == 1
+        said = [end_of(f"hers-{number}")[1] for number in range(EACH + 1)]
+        assert sum("was cancelled" in each for each in said) == EACH, said
         wait_for_jobs(0)
     machine.succeed(by("alice", "layered-stores verify ci"), f"rm {RULES}/10-alice.rules")

@@ -4,7 +4,9 @@
 //! waits for nothing. A job that was cancelled is over at once for everybody, but its thread cannot be killed: it ends at its
 //! next step, and until then no other of its kind is begun on its store.
 
+mod bounds;
 mod job;
+mod messages;
 mod work;
 
 use std::{
@@ -13,9 +15,11 @@ use std::{
     time::Duration,
 };
 
+use bounds::KEEP;
 pub use job::{Findings, Job, Kind};
 use layered_stores_model::StoreName;
 use layered_stores_overlay::progress::Progress;
+pub use messages::{Asked, Caller, JobCommand, JobNews};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use work::Works;
@@ -27,61 +31,8 @@ use super::{
     schedule::Schedule,
 };
 
-/// How many jobs a user may wait for, and all users together. Root is in neither.
-const EACH: usize = 16;
-const USERS: usize = 128;
-
-/// How many jobs may be under way, root's among them.
-const IN_ALL: usize = 1024;
-
-/// How many jobs are kept that are over and whose result was not read, and for how long.
-const KEPT: usize = 32;
-const KEEP: Duration = Duration::from_secs(60);
-
 /// How often it is told how far jobs have come.
 const PACE: Duration = Duration::from_millis(200);
-
-/// A connection to the bus.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Caller {
-    /// Its unique name. The bus gives none twice.
-    pub name: String,
-    /// The user whose it is.
-    pub uid: u32,
-}
-
-/// A job that somebody may wait for from now on.
-#[derive(Debug)]
-pub struct Asked {
-    /// The job.
-    pub job: Arc<Job>,
-    /// Done when the caller does not wait any more; `None` for somebody who did already.
-    pub waits_no_more: Option<CancellationToken>,
-}
-
-/// What the engine is asked about jobs.
-#[derive(Debug)]
-pub enum JobCommand {
-    /// What a job has found, once it is over.
-    Result(u64, Caller, Reply<Findings>),
-    /// Wait for it no more; for root, end it whoever waits.
-    Cancel(u64, Caller, Reply),
-    /// The connection of this name has left the bus.
-    Left(String),
-}
-
-/// What happened to jobs.
-#[derive(Debug)]
-pub enum JobNews {
-    /// Somebody has asked for one. They are to be told once it can be found.
-    Asked(Asked, Reply<Asked>),
-    /// It is in another state, or has come further.
-    Changed(Arc<Job>),
-    /// It is over.
-    Over(Arc<Job>),
-    /// It is not there any more.
-    Forgotten(u64),
-}
 
 /// Somebody who waits for a job.
 #[derive(Debug)]
@@ -158,20 +109,6 @@ impl Jobs {
         record.asks.push(Ask { caller, replies: Vec::new(), _waits: waits.clone().drop_guard() });
         let asked = Asked { job: Arc::clone(&record.job), waits_no_more: Some(waits) };
         self.tell(JobNews::Asked(asked, reply));
-    }
-
-    /// Whether somebody may wait for one more, which may have to be made.
-    fn has_room(&self, makes: bool, uid: u32) -> Result<(), Error> {
-        let under_way = || self.all.values().filter(|record| !record.job.is_over());
-        if makes && under_way().count() >= IN_ALL {
-            return Err(Error::TooManyJobs(IN_ALL));
-        }
-        if uid == 0 {
-            return Ok(());
-        }
-        let users = || under_way().flat_map(|record| &record.asks).map(|ask| ask.caller.uid).filter(|&uid| uid != 0);
-        let own = users().filter(|&of| of == uid).count();
-        if own >= EACH || users().count() >= USERS { Err(Error::TooManyJobs(own)) } else { Ok(()) }
     }
 
     fn make(&mut self, kind: Kind, store: &StoreName) -> u64 {
@@ -312,22 +249,6 @@ impl Jobs {
         self.checks.drop(Check::Forget(id));
         if self.all.remove(&id).is_some() {
             self.tell(JobNews::Forgotten(id));
-        }
-    }
-
-    /// Forgets the oldest of whoever leaves the most unread, while there are too many.
-    fn keep_only_so_many(&mut self) {
-        loop {
-            let kept = self.all.values().filter(|record| record.job.is_over());
-            let of: Vec<(u32, u64)> =
-                kept.filter_map(|record| Some((record.asks.first()?.caller.uid, record.job.id()))).collect();
-            if of.len() <= KEPT {
-                return;
-            }
-            let by = |uid| of.iter().filter(|(other, _)| *other == uid).count();
-            let Some(most) = of.iter().map(|&(uid, _)| uid).max_by_key(|&uid| by(uid)) else { return };
-            let Some(&(_, oldest)) = of.iter().find(|(uid, _)| *uid == most) else { return };
-            self.forget(oldest);
         }
     }
 

@@ -6,7 +6,10 @@ use layered_stores_overlay::{
 };
 use tokio::sync::oneshot::{self, Receiver, error::TryRecvError};
 
-use super::*;
+use super::{
+    bounds::{EACH, IN_ALL, KEPT, USERS},
+    *,
+};
 
 /// Jobs, and what is told of them.
 struct Setup {
