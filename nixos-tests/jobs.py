@@ -1,5 +1,5 @@
-# What takes long is a job: everybody sees how far it is, who has asked for it and root may cancel it,
-# nobody who waits is forgotten, and there are only so many.
+# What takes long is a job: everybody sees how far it is, who has asked for it and root may cancel
+# it, nobody who waits is forgotten, and there are only so many.
 import json
 import re
 import shlex
@@ -257,7 +257,7 @@ with subtest("A user waits for so many, and cancels them from elsewhere"):
         machine.wait_until_succeeds(f"test $({refused} | wc -l) = 1", timeout=60)
         for job in jobs():
             machine.succeed(by("alice", f"busctl call org.layeredstores1 {job} {JOB} Cancel"))
-        said = [end_of(f"hers-{number}")[1] for number in range(EACH + 1)]
-        assert sum("was cancelled" in each for each in said) == EACH, said
+        told = [end_of(f"hers-{number}")[1] for number in range(EACH + 1)]
+        assert sum("was cancelled" in each for each in told) == EACH, told
         wait_for_jobs(0)
     machine.succeed(by("alice", "layered-stores verify ci"), f"rm {RULES}/10-alice.rules")
