@@ -8,11 +8,11 @@ use std::{io, sync::Arc};
 
 pub(super) use error::OperationError;
 
-use layered_stores_model::{AbsolutePath, StoreName, StoreSpec};
+use layered_stores_model::{AbsolutePath, StoreSpec};
 use layered_stores_overlay::{
     glance,
     holders::holders,
-    identity::{self, Id, Marks},
+    identity::{self, Id, Known},
     layers::{self, LayersError},
     left::Left,
     mount,
@@ -22,7 +22,7 @@ use layered_stores_overlay::{
     probe::{self, Stale},
     progress::{self, Spot},
     refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
-    remove,
+    remove::{self, RemoveError},
     room::{self, Room},
     swap::{self, OldMount, OldSuperblock},
     watch::{WatchError, Watches},
@@ -89,11 +89,13 @@ pub(super) async fn start(tools: Tools, errand: Errand, lock: Option<Guard>) -> 
             tools.units.refuse_foreign(&spec.mount_unit)?;
             let records = tools.records.marks(&spec)?;
             // Before the record: the state directory may be what is missing.
-            let (records, ()) = with_what_is_there(&tools, &spec, records, identity::require)?;
+            let others = |id: &Id| tools.records.with_mark(Some(&spec.name), id);
+            let known = Known { own: &records, others: &others };
+            let (known, ()) = with_what_is_there(&spec, known, identity::require)?;
+            // Until there are others, it keeps to those it had: what was found may be gone before it is its own.
             tools.records.remember(&spec, &identity::retained(&spec, &records))?;
             drop(lock);
-            let (lock, marks) =
-                layers::prepare(&spec, &records).map_err(|error| taken_over(&spec, whose(&tools, &spec, error)))?;
+            let (lock, marks) = layers::prepare(&spec, known).map_err(|error| taken_over(&spec, error))?;
             tools.records.remember(&spec, &marks)?;
             // Before the mount: a fresh mount shows what came before, and the watches tell what comes after.
             let unwatched = tools.watches.add(&spec.name, &spec.layers).err();
@@ -190,7 +192,9 @@ pub(super) async fn hold(tools: Tools, errand: Errand, locked: bool) -> Result<H
 /// A store that is mounted goes on without what cannot be written: taken down, it would be worse off. But it is not for two, and
 /// it is made of its own directories.
 fn take_hold(tools: &Tools, spec: &Arc<StoreSpec>, locked: bool) -> Result<Held, OperationError> {
-    let (_, marks) = with_what_is_there(tools, spec, tools.records.marks_at_hand(spec)?, layers::look_over)?;
+    let records = tools.records.marks_at_hand(spec)?;
+    let others = |id: &Id| tools.records.with_mark(Some(&spec.name), id);
+    let (_, marks) = with_what_is_there(spec, Known { own: &records, others: &others }, layers::look_over)?;
     let mut held = Held::default();
     if !locked {
         match layers::lock(spec) {
@@ -337,53 +341,29 @@ pub(super) async fn retire_unknown(old: Arc<dyn SwappedOut>) -> Result<OldSuperb
     Ok(retired.map_err(|error| OperationError::Panic(error.to_string()))??)
 }
 
-/// Which other store has a directory with a mark, and not where it should be. One that has is one that this is a copy of.
-fn whose_mark(tools: &Tools, spec: &StoreSpec, id: &Id) -> Option<StoreName> {
-    let (other, mark) = tools.records.other_with(&spec.name, id)?;
-    (!identity::is_at(&mark)).then_some(other)
-}
-
-/// Looks at a store's directories, with the records by which they are known again; these are returned as well. There are none if
-/// other directories are there that belong together, such as a backup that was put back, unless they are another store's.
-fn with_what_is_there<T>(
-    tools: &Tools,
+/// Looks at a store's directories, with what is known of them; this is returned as well. The store's own records do not count if
+/// other directories are there that belong together, such as a backup that was put back.
+fn with_what_is_there<'k, T>(
     spec: &StoreSpec,
-    records: Vec<Marks>,
-    look: impl Fn(&StoreSpec, &[Marks]) -> Result<T, LayersError>,
-) -> Result<(Vec<Marks>, T), LayersError> {
-    let error = match look(spec, &records) {
-        Ok(found) => return Ok((records, found)),
+    known: Known<'k>,
+    look: impl Fn(&StoreSpec, Known<'_>) -> Result<T, LayersError>,
+) -> Result<(Known<'k>, T), LayersError> {
+    let error = match look(spec, known) {
+        Ok(found) => return Ok((known, found)),
         Err(error) => error,
     };
-    let id = match error {
-        LayersError::Another { .. } => identity::another_pair(spec, &records)?,
-        _ => None,
-    };
-    let Some(id) = id else { return Err(whose(tools, spec, error)) };
-    let (name, upper) = (&spec.name, &spec.layers.upper);
-    if let Some(other) = whose_mark(tools, spec, &id) {
-        return Err(LayersError::OfOther { key: "upper-layer", path: upper.clone(), store: name.to_string(), other });
+    if !matches!(error, LayersError::Another { .. }) || !identity::is_another_pair(spec, known)? {
+        return Err(error);
     }
-    let found = look(spec, &[])?;
+    let known = Known { own: &[], ..known };
+    let found = look(spec, known)?;
+    let (name, upper) = (&spec.name, &spec.layers.upper);
     tracing::warn!(
         store = %name,
         "{name}: {upper} and the database in {} are not those it had before, and belong together; they are taken",
         spec.state_dir
     );
-    Ok((Vec::new(), found))
-}
-
-/// Says which store a directory is of that is not this one's: to empty it would be no way out.
-fn whose(tools: &Tools, spec: &StoreSpec, error: LayersError) -> LayersError {
-    match error {
-        LayersError::Another { key, path, store, found: Some(found), wanted } => {
-            match whose_mark(tools, spec, &found) {
-                Some(other) => LayersError::OfOther { key, path, store, other },
-                None => LayersError::Another { key, path, store, found: Some(found), wanted },
-            }
-        }
-        error => error,
-    }
+    Ok((known, found))
 }
 
 /// Says the way out where the owner's directories are somebody else's.
@@ -413,6 +393,11 @@ pub(super) async fn room(errand: Errand) -> Result<Room, OperationError> {
     errand.run(move || Ok(room::look(&spec.layers))).await
 }
 
+/// Removes the directory that a store had for itself which is declared no more.
+pub(super) fn remove_left_over(records: &Records, directory: &AbsolutePath) -> Result<(), RemoveError> {
+    remove::directory(directory, &|id| records.with_mark(None, id))
+}
+
 /// Removes all that is in a store that is not mounted. `own` is the directory it has for itself, if it was not given others.
 pub(super) async fn remove(
     tools: Tools,
@@ -425,8 +410,11 @@ pub(super) async fn remove(
         drop(lock);
         let forget = || tools.records.forget_marks(&spec.name).map_err(io::Error::other);
         let records = tools.records.marks(&spec)?;
-        let was_up = tools.records.has_upper(&spec);
-        remove::contents(&spec, &records, was_up, |id| whose_mark(&tools, &spec, id), forget)?;
+        let others = |id: &Id| tools.records.with_mark(Some(&spec.name), id);
+        if let Some(left) = remove::contents(&spec, Known { own: &records, others: &others }, forget)? {
+            let name = &spec.name;
+            tracing::warn!(store = %name, "{name}: the database in {left} belongs to another upper layer, and is left there");
+        }
         Ok(own.as_ref().map_or(Ok(()), remove::rest)?)
     };
     errand.run_long(remove).await

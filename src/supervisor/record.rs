@@ -243,23 +243,18 @@ impl Records {
         Ok(on_disk.filter(|_| !ephemeral).into_iter().chain(noted).collect())
     }
 
-    /// Whether a store has been brought up with the upper layer that it has now.
-    pub(super) fn has_upper(&self, spec: &StoreSpec) -> bool {
+    /// Which stores have a directory with this mark on record, but for one of a name.
+    pub(super) fn with_mark(&self, but: Option<&StoreName>, id: &Id) -> Vec<(StoreName, Mark)> {
         let records = self.on_disk();
-        let record = records.as_ref().and_then(|records| records.get(&spec.name));
-        record.is_some_and(|record| record.spec.layers.upper == spec.layers.upper)
-    }
-
-    /// Another store, one of whose directories has this mark, and that directory.
-    pub(super) fn other_with(&self, name: &StoreName, id: &Id) -> Option<(StoreName, Mark)> {
-        let records = self.on_disk();
-        let others = records.iter().flatten().filter(|(other, _)| *other != name);
-        let mut marks = others.flat_map(|(other, record)| {
+        let others = records.iter().flatten().filter(|(other, _)| Some(*other) != but);
+        let marks = others.flat_map(|(other, record)| {
             let marks = record.marks.iter().flat_map(|marks| [&marks.upper, &marks.state]);
             marks.flatten().map(move |mark| (other, mark))
         });
-        let (other, mark) = marks.find(|(_, mark)| mark.id.as_ref() == Some(id))?;
-        Some((other.clone(), mark.clone()))
+        marks
+            .filter(|(_, mark)| mark.id.as_ref() == Some(id))
+            .map(|(other, mark)| (other.clone(), mark.clone()))
+            .collect()
     }
 
     /// Forgets by what the directories of a store are known again, on disk when this returns: it is to begin anew.
@@ -270,18 +265,18 @@ impl Records {
             && let Ok(record) = serde_json::from_slice::<Record>(&text)
         {
             let record = Record { marks: Some(Marks::default()), ..record };
-            keep(&path, &serde_json::to_vec_pretty(&record), true)?;
-            self.note(name, Some(record));
-        }
-        for path in [self.aside(name), self.note_path(name)] {
-            match fs::remove_file(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(RecordError::Remove { path, source });
+            match keep(&path, &serde_json::to_vec_pretty(&record), true) {
+                Ok(()) => self.note(name, Some(record)),
+                // The store is down, and has no traces that somebody would have to undo.
+                Err(error) if error.is_of_no_room() => {
+                    remove(&path)?;
+                    self.note(name, None);
                 }
-                _ => {}
+                Err(error) => return Err(error),
             }
         }
-        Ok(())
+        remove(&self.aside(name))?;
+        remove(&self.note_path(name))
     }
 
     /// The directory of notes that are kept until the next boot.
@@ -296,11 +291,7 @@ impl Records {
         let _ = fs::remove_file(self.runtime_path(name));
         let _ = fs::remove_file(self.note_path(name));
         nix_daemon::remove(&self.runtime, name);
-        let path = self.known_path(name);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RecordError::Remove { path, source }),
-            _ => Ok(()),
-        }
+        remove(&self.known_path(name))
     }
 
     /// Keeps a fingerprint until the next boot. Losing it costs a look at every path, no more.
@@ -345,6 +336,15 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, RecordError> {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(RecordError::Read { path: path.to_owned(), source }),
+    }
+}
+
+fn remove(path: &Path) -> Result<(), RecordError> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(RecordError::Remove { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -14,123 +14,29 @@
 //! record: a store may have got another name, or another upper layer for a while. And if both are others than on record and
 //! belong together, they are a whole store that somebody has put there, such as a backup, and are taken.
 
-use std::{
-    fmt,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-};
+mod id;
+mod pair;
 
-use layered_stores_model::{AbsolutePath, StoreSpec};
-use rustix::{
-    fs::{Dir, Mode, OFlags, ResolveFlags, XattrFlags},
-    io::Errno,
-    rand::GetRandomFlags,
-};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use layered_stores_model::{AbsolutePath, StoreName, StoreSpec};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+pub use self::id::{ATTRIBUTE, Id, UPPER_ATTRIBUTE};
+pub(super) use self::{
+    id::{are_one, unmark},
+    pair::{Pair, check_pair, example_of, has_database, tells},
+};
 use super::{
     layers::LayersError,
     mark,
-    progress::{self, Spot},
-    walk::{Walk, readable},
+    walk::{self, Walk},
 };
-
-/// The name of the attribute. Its value is text, so that a person can copy it.
-pub const ATTRIBUTE: &str = "trusted.layered-stores.id";
-
-/// The attribute of a state dir that has the mark of the upper layer it belongs to.
-const UPPER_ATTRIBUTE: &str = "trusted.layered-stores.upper-id";
-
-/// What is set for a moment, to see where it turns up.
-const TRIAL: &str = "trusted.layered-stores.trial";
-
-const LENGTH: usize = 32;
 
 /// The configuration's keys, for messages.
 const UPPER: &str = "upper-layer";
 const ROOT: &str = "root";
-
-/// A number that no other directory has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Id(String);
-
-impl Id {
-    fn new() -> Result<Self, Errno> {
-        let mut bytes = [0; LENGTH / 2];
-        // So few are had at once or not at all (getrandom(2)).
-        if rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())? < bytes.len() {
-            return Err(Errno::AGAIN);
-        }
-        Ok(Self(format!("{:032x}", u128::from_ne_bytes(bytes))))
-    }
-
-    /// That of a directory. `None` where there is none, or something that is none.
-    pub(super) fn of(dir: impl AsFd) -> Result<Option<Self>, Errno> {
-        Self::read(dir, ATTRIBUTE)
-    }
-
-    /// That of the upper layer which a state dir belongs to.
-    fn of_upper(state_dir: impl AsFd) -> Result<Option<Self>, Errno> {
-        Self::read(state_dir, UPPER_ATTRIBUTE)
-    }
-
-    fn read(dir: impl AsFd, attribute: &str) -> Result<Option<Self>, Errno> {
-        let mut text = [0; LENGTH];
-        let dir = readable(dir.as_fd())?;
-        match rustix::fs::fgetxattr(dir, attribute, &mut text[..]) {
-            // It is printed, and a disk may come from anywhere.
-            Ok(LENGTH) if text.iter().all(u8::is_ascii_hexdigit) => Ok(String::from_utf8(text.to_vec()).ok().map(Self)),
-            Ok(_) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => Ok(None),
-            Err(errno) => Err(errno),
-        }
-    }
-
-    fn set(&self, dir: BorrowedFd<'_>) -> Result<(), Errno> {
-        let dir = readable(dir)?;
-        match rustix::fs::fsetxattr(&dir, ATTRIBUTE, self.0.as_bytes(), XattrFlags::CREATE) {
-            // Something that is no mark is in its place.
-            Err(Errno::EXIST) if Self::of(&dir)?.is_none() => {
-                rustix::fs::fsetxattr(&dir, ATTRIBUTE, self.0.as_bytes(), XattrFlags::REPLACE)
-            }
-            set => set,
-        }
-    }
-}
-
-/// Takes the mark from a directory that is about to be emptied: another store that knows it by that is not to find it empty.
-pub(super) fn unmark(dir: impl AsFd) -> Result<(), Errno> {
-    match rustix::fs::fremovexattr(dir, ATTRIBUTE) {
-        // What is immutable does not get empty either.
-        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM) => Ok(()),
-        Err(errno) => Err(errno),
-    }
-}
-
-/// Whether two directories are one, each seen directly or as the upper layer of an overlay. A copy or a snapshot has the same
-/// mark, and an overlay does not tell the device of its layers; so something is set through the one and looked for in the other.
-/// Where nothing can be set, they are taken for one.
-pub(super) fn are_one(one: impl AsFd, other: impl AsFd) -> Result<bool, Errno> {
-    let (one, trial) = (readable(one.as_fd())?, Id::new()?);
-    match rustix::fs::fsetxattr(&one, TRIAL, trial.0.as_bytes(), XattrFlags::empty()) {
-        Ok(()) => {}
-        Err(Errno::OPNOTSUPP | Errno::ROFS | Errno::NOSPC | Errno::DQUOT | Errno::PERM) => return Ok(true),
-        Err(errno) => return Err(errno),
-    }
-    let mut text = [0; LENGTH];
-    let found = readable(other.as_fd()).and_then(|other| rustix::fs::fgetxattr(other, TRIAL, &mut text[..]));
-    // One that stays is replaced the next time.
-    let _ = rustix::fs::fremovexattr(&one, TRIAL);
-    match found {
-        Ok(length) => Ok(text[..length] == *trial.0.as_bytes()),
-        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => Ok(false),
-        Err(errno) => Err(errno),
-    }
-}
-
-impl fmt::Display for Id {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// A directory that was there, and its mark. Where it could not be given one, that it was there is all that is known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -150,137 +56,135 @@ pub struct Marks {
     pub state: Option<Mark>,
 }
 
+/// What is on record of the directories of a store, and of those of others.
+#[derive(Clone, Copy)]
+pub struct Known<'k> {
+    /// The store's own. There may be several records: one of them is right.
+    pub own: &'k [Marks],
+    /// Which directories of other stores have a mark on record.
+    pub others: &'k dyn Fn(&Id) -> Vec<(StoreName, Mark)>,
+}
+
+impl<'k> Known<'k> {
+    /// What is on record of a store, where there is no other one.
+    pub fn of(own: &'k [Marks]) -> Self {
+        Self { own, others: &|_| Vec::new() }
+    }
+
+    /// Whether a mark is on record for this store, wherever the directory was then.
+    pub(super) fn has(&self, id: &Id) -> bool {
+        self.own
+            .iter()
+            .flat_map(|marks| [&marks.upper, &marks.state])
+            .flatten()
+            .any(|mark| mark.id.as_ref() == Some(id))
+    }
+}
+
+/// Whose a directory is, by its mark.
+#[derive(PartialEq, Eq)]
+pub(super) enum Claim {
+    /// That of no other store.
+    Nobodys,
+    /// A copy of another store's.
+    Copy,
+    /// Another store's: it is the one, or the one is not where it should be.
+    Of(StoreName),
+}
+
+/// Whose a directory with a mark is. What another store has on record `at` the same path is not its own any more: no two are
+/// declared with one directory.
+pub(super) fn claim(
+    others: &dyn Fn(&Id) -> Vec<(StoreName, Mark)>,
+    id: &Id,
+    dir: BorrowedFd<'_>,
+    at: Option<&AbsolutePath>,
+) -> Result<Claim, Errno> {
+    let this = walk::stat(dir)?;
+    let mut claim = Claim::Nobodys;
+    for (other, mark) in others(id) {
+        if at == Some(&mark.path) {
+            continue;
+        }
+        let there = Walk::new(UPPER).to(&mark.path).ok().filter(|dir| Id::of(dir) == Ok(Some(id.clone())));
+        // A filesystem may be mounted at two places.
+        let is_this = |there: &OwnedFd| {
+            let there = walk::stat(there.as_fd())?;
+            let number = |stat: &rustix::fs::Statx| (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino);
+            Ok::<_, Errno>(number(&there) == number(&this))
+        };
+        match there {
+            Some(there) if !is_this(&there)? => claim = Claim::Copy,
+            _ => return Ok(Claim::Of(other)),
+        }
+    }
+    Ok(claim)
+}
+
 /// What the records say of a directory: it was not there before, or has one of these marks.
 pub(super) struct Expected<'m> {
     key: &'static str,
     path: &'m AbsolutePath,
     store: &'m str,
     marks: Vec<&'m Mark>,
+    known: Known<'m>,
 }
 
-/// What is expected of upper layer and state dir. There may be several records of each: one of them is right.
-pub(super) fn expected<'m>(spec: &'m StoreSpec, records: &'m [Marks]) -> (Expected<'m>, Expected<'m>) {
+/// What is expected of upper layer and state dir.
+pub(super) fn expected<'m>(spec: &'m StoreSpec, known: Known<'m>) -> (Expected<'m>, Expected<'m>) {
     let of = |key, path: &'m AbsolutePath, mark: fn(&Marks) -> Option<&Mark>| {
-        let marks = records.iter().filter_map(mark).filter(|mark| mark.path == *path).collect();
-        Expected { key, path, store: spec.name.as_str(), marks }
+        let marks = known.own.iter().filter_map(mark).filter(|mark| mark.path == *path).collect();
+        Expected { key, path, store: spec.name.as_str(), marks, known }
     };
     let upper = of(UPPER, &spec.layers.upper, |marks| marks.upper.as_ref());
     (upper, of(ROOT, &spec.state_dir, |marks| marks.state.as_ref()))
 }
 
-/// Whether a directory is where its mark says.
-pub fn is_at(mark: &Mark) -> bool {
-    let found = Walk::new(UPPER).to(&mark.path).ok().and_then(|dir| Id::of(dir).ok().flatten());
-    mark.id.is_some() && found == mark.id
-}
-
-/// The marks that go on to hold for a specification.
+/// The marks that go on to hold until a store has come up with a specification: there may be others of its directories by then,
+/// or the ones that it had.
 pub fn retained(spec: &StoreSpec, records: &[Marks]) -> Marks {
-    let (upper, state) = expected(spec, records);
-    // One that is marked says more than one that is not.
-    let best = |all: Vec<&Mark>| all.iter().find(|mark| mark.id.is_some()).or(all.first()).map(|&mark| mark.clone());
-    Marks { upper: best(upper.marks), state: best(state.marks) }
+    let best = |path: &AbsolutePath, mark: fn(&Marks) -> Option<&Mark>| {
+        // One that is marked says more than one that is not.
+        let says = |mark: &&Mark| (mark.path == *path, mark.id.is_some());
+        records.iter().rev().filter_map(mark).max_by_key(says).cloned()
+    };
+    let upper = best(&spec.layers.upper, |marks| marks.upper.as_ref());
+    Marks { upper, state: best(&spec.state_dir, |marks| marks.state.as_ref()) }
 }
 
 /// Refuses a store one of whose directories was there and is not there now, or whose directories are not those of one store.
 /// Nothing is changed.
 ///
 /// # Errors
-/// [`LayersError::Missing`], [`LayersError::Another`], [`LayersError::OtherUpper`], [`LayersError::NoDatabase`],
-/// [`LayersError::HalfRemoved`].
-pub fn require(spec: &StoreSpec, records: &[Marks]) -> Result<(), LayersError> {
-    let (upper, state) = expected(spec, records);
-    let (upper, state) = (upper.open()?, state.open()?);
-    if upper.is_some() {
-        // What has no database any more may be about to lose the rest.
-        mark::refuse_half_removed(spec)?;
+/// [`LayersError::HalfRemoved`], [`LayersError::Missing`], [`LayersError::Another`], [`LayersError::OfOther`],
+/// [`LayersError::LinkedDatabase`], and what [`check_pair`] says.
+pub fn require(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError> {
+    // What has no database any more may be about to lose the rest, and has no mark by which it is known.
+    mark::refuse_half_removed(spec)?;
+    let (upper, state) = expected(spec, known);
+    let (upper, state_dir) = (upper.open()?, state.open()?);
+    if let Some(dir) = &state_dir {
+        pair::refuse_link(spec, dir.as_fd())?;
     }
-    check_pair(spec, upper.as_ref().map(AsFd::as_fd), state.as_ref().map(AsFd::as_fd))
+    check_pair(spec, upper.as_ref().map(AsFd::as_fd), state_dir.as_ref().map(AsFd::as_fd), &state)
 }
 
-/// The mark of an upper layer that is another one than on record, or has another database, if the two that are there belong
-/// together.
+/// Whether the upper layer is another one than on record, or has another database, and the two that are there belong together.
 ///
 /// # Errors
 /// [`LayersError`] where they cannot be looked at.
-pub fn another_pair(spec: &StoreSpec, records: &[Marks]) -> Result<Option<Id>, LayersError> {
-    let (upper, state) = expected(spec, records);
+pub fn is_another_pair(spec: &StoreSpec, known: Known<'_>) -> Result<bool, LayersError> {
+    let (upper, state) = expected(spec, known);
     if !upper.is_known() && !state.is_known() {
-        return Ok(None);
+        return Ok(false);
     }
-    let (Some(above), Some(below)) = (upper.find()?, state.find()?) else { return Ok(None) };
+    let (Some(above), Some(below)) = (upper.find()?, state.find()?) else { return Ok(false) };
     let id = Id::of(&above).map_err(|errno| upper.sys("look at", errno))?;
     let look = |errno| state.sys("look at", errno);
-    let is_pair =
-        id.is_some() && id == Id::of_upper(&below).map_err(look)? && has_database(below.as_fd()).map_err(look)?;
+    let Some(id) = id else { return Ok(false) };
+    let is_pair = tells(&below, &id).map_err(look)? && has_database(below.as_fd()).map_err(look)?;
     let are_those = upper.check(above.as_fd()).is_ok() && state.check(below.as_fd()).is_ok();
-    Ok(id.filter(|_| is_pair && !are_those))
-}
-
-/// Refuses a state dir with a database that belongs to another upper layer, and an upper layer whose database is not there.
-/// What neither has been used yet can be put together as one likes.
-pub(super) fn check_pair(
-    spec: &StoreSpec,
-    upper: Option<BorrowedFd<'_>>,
-    state: Option<BorrowedFd<'_>>,
-) -> Result<(), LayersError> {
-    let (path, state_dir, store) = (spec.layers.upper.clone(), spec.state_dir.clone(), spec.name.to_string());
-    let look = |errno| LayersError::sys(ROOT, "look at", state_dir.as_str(), errno);
-    let look_above = |errno| LayersError::sys(UPPER, "look at", path.as_str(), errno);
-    progress::at(Spot::Root);
-    let wanted = state.map(Id::of_upper).transpose().map_err(look)?.flatten();
-    let is_used = state.map(has_database).transpose().map_err(look)?.unwrap_or_default();
-    progress::at(Spot::Upper);
-    let found = upper.map(Id::of).transpose().map_err(look_above)?.flatten();
-    if wanted.is_some() && wanted == found {
-        return Ok(());
-    }
-    if is_used {
-        let unmarked = upper.is_some() && found.is_none();
-        // One of a version that did not tell belongs to what is there.
-        return wanted
-            .map_or(Ok(()), |wanted| Err(LayersError::OtherUpper { path, state_dir, wanted, unmarked, store }));
-    }
-    match upper {
-        Some(upper) if found.is_some() && !is_empty(upper).map_err(look_above)? => {
-            Err(LayersError::NoDatabase { path, state_dir, store })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Has a state dir tell which upper layer it belongs to. Where it cannot, a store works without.
-pub(super) fn pair(spec: &StoreSpec, upper: &Mark, state: BorrowedFd<'_>) -> Result<(), LayersError> {
-    let sys = |errno| LayersError::sys(ROOT, "set the mark of", spec.state_dir.as_str(), errno);
-    let Some(id) = &upper.id else { return Ok(()) };
-    if Id::of_upper(state).map_err(sys)?.as_ref() == Some(id) {
-        return Ok(());
-    }
-    let set = |state| rustix::fs::fsetxattr(state, UPPER_ATTRIBUTE, id.0.as_bytes(), XattrFlags::empty());
-    match readable(state).and_then(set) {
-        Ok(()) | Err(Errno::OPNOTSUPP | Errno::ROFS | Errno::NOSPC | Errno::DQUOT | Errno::PERM) => Ok(()),
-        Err(errno) => Err(sys(errno)),
-    }
-}
-
-/// Whether Nix has made a database. Links, which an owner can make, lead to none.
-fn has_database(state: BorrowedFd<'_>) -> Result<bool, Errno> {
-    let (flags, resolve) = (OFlags::PATH | OFlags::CLOEXEC, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS);
-    match rustix::fs::openat2(state, "db/db.sqlite", flags, Mode::empty(), resolve) {
-        Ok(_) => Ok(true),
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(false),
-        Err(errno) => Err(errno),
-    }
-}
-
-/// Whether there is nothing in a directory.
-pub(super) fn is_empty(dir: BorrowedFd<'_>) -> Result<bool, Errno> {
-    for entry in Dir::read_from(readable(dir)?)? {
-        if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    Ok(is_pair && !are_those)
 }
 
 impl Expected<'_> {
@@ -318,19 +222,65 @@ impl Expected<'_> {
 
     /// The mark that a directory has, if it is the one.
     pub(super) fn check(&self, dir: BorrowedFd<'_>) -> Result<Option<Id>, LayersError> {
-        let found = Id::of(dir).map_err(|errno| self.sys("read the mark of", errno))?;
-        let is_the_one = |mark: &&Mark| mark.id.is_none() || mark.id == found;
+        let found = self.refuse_others(dir)?;
         let wanted = self.marks.iter().find_map(|mark| mark.id.as_ref());
         match wanted {
-            Some(wanted) if !self.marks.iter().any(is_the_one) => Err(LayersError::Another {
+            Some(wanted) if !self.is_of(found.as_ref()) => Err(LayersError::Another {
                 key: self.key,
                 path: self.path.clone(),
                 store: self.store.to_owned(),
+                holds_something: example_of(dir).map_err(|errno| self.sys("list", errno))?.is_some(),
                 found,
                 wanted: wanted.clone(),
             }),
             _ => Ok(found),
         }
+    }
+
+    /// The mark that a directory has, if it is not another store's.
+    pub(super) fn refuse_others(&self, dir: BorrowedFd<'_>) -> Result<Option<Id>, LayersError> {
+        let found = self.mark_of(dir)?;
+        match self.claim(found.as_ref(), dir)? {
+            Claim::Of(other) => {
+                let (key, path, store) = (self.key, self.path.clone(), self.store.to_owned());
+                Err(LayersError::OfOther { key, path, store, other })
+            }
+            Claim::Nobodys | Claim::Copy => Ok(found),
+        }
+    }
+
+    /// Whether a directory with this mark is a copy of another store's.
+    fn is_copy(&self, found: Option<&Id>, dir: BorrowedFd<'_>) -> Result<bool, LayersError> {
+        Ok(self.claim(found, dir)? == Claim::Copy)
+    }
+
+    fn mark_of(&self, dir: BorrowedFd<'_>) -> Result<Option<Id>, LayersError> {
+        Id::of(dir).map_err(|errno| self.sys("read the mark of", errno))
+    }
+
+    /// Whose a directory is with a mark that is not on record for this store.
+    fn claim(&self, found: Option<&Id>, dir: BorrowedFd<'_>) -> Result<Claim, LayersError> {
+        match found {
+            Some(id) if !self.known.has(id) => {
+                claim(self.known.others, id, dir, Some(self.path)).map_err(|errno| self.sys("look at", errno))
+            }
+            _ => Ok(Claim::Nobodys),
+        }
+    }
+
+    /// Whether a directory with this mark, or without one, is on record here. One that could not be marked then is any.
+    pub(super) fn is_of(&self, found: Option<&Id>) -> bool {
+        self.marks.iter().any(|mark| mark.id.is_none() || mark.id.as_ref() == found)
+    }
+
+    /// Whether it is on record that it was there, and could not be marked.
+    pub(super) fn is_unmarked(&self) -> bool {
+        self.marks.iter().any(|mark| mark.id.is_none())
+    }
+
+    /// The marks that are on record.
+    pub(super) fn ids(&self) -> impl Iterator<Item = &Id> {
+        self.marks.iter().filter_map(|mark| mark.id.as_ref())
     }
 
     /// The mark of a directory, which is given one if it has none. On disk when this returns.
@@ -347,7 +297,8 @@ impl Expected<'_> {
                 Ok(()) => id = self.check(dir)?,
                 // A store works without one. That it was there is known then, and no more. Where there is one already, what is
                 // mounted has another upper layer, which the caller sees.
-                Err(Errno::EXIST | Errno::OPNOTSUPP | Errno::ROFS | Errno::NOSPC | Errno::DQUOT | Errno::PERM) => {}
+                Err(Errno::EXIST) => {}
+                Err(errno) if id::is_no_place_for_marks(errno) => {}
                 Err(errno) => return Err(self.sys("set the mark of", errno)),
             }
         }
@@ -361,14 +312,7 @@ impl Expected<'_> {
     /// A record of a directory that a power cut takes away would keep the store down.
     fn sync(&self, dir: BorrowedFd<'_>) -> Result<(), LayersError> {
         let (parent, _) = Walk::new(self.key).to_parent(self.path)?;
-        for dir in [dir, parent.as_fd()] {
-            match readable(dir).and_then(rustix::fs::fsync) {
-                // Some filesystems know no such thing for directories, and some are read-only.
-                Ok(()) | Err(Errno::INVAL | Errno::ROFS) => {}
-                Err(errno) => return Err(self.sys("write to disk", errno)),
-            }
-        }
-        Ok(())
+        [dir, parent.as_fd()].into_iter().try_for_each(pair::sync).map_err(|errno| self.sys("write to disk", errno))
     }
 
     fn sys(&self, doing: &'static str, errno: Errno) -> LayersError {

@@ -3,10 +3,12 @@
 //! A directory that exists is never given another owner or mode.
 
 mod error;
+mod work;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 pub use error::LayersError;
+pub(super) use work::{KERNELS, refuse_strange_work};
 
 use layered_stores_model::{AbsolutePath, Layers, LowerStore, NIX_STORE_DIR, Ownership, StoreSpec};
 use nix::unistd::{Gid, Group, Uid, User};
@@ -17,7 +19,7 @@ use rustix::{
 
 use super::{
     ephemeral,
-    identity::{self, Expected, Id, Marks},
+    identity::{self, Expected, Id, Known, Marks, Pair},
     lock::UpperLock,
     mark,
     progress::{self, Spot},
@@ -26,12 +28,12 @@ use super::{
 
 /// Makes and checks all directories of a store that is not mounted, and takes its lock.
 ///
-/// Running it again after it was interrupted at any point is safe. What the store had before, as the `records` say, is not made
+/// Running it again after it was interrupted at any point is safe. What the store had before, as is `known`, is not made
 /// anew; see [`identity`].
 ///
 /// # Errors
 /// [`LayersError`]; directories made so far stay.
-pub fn prepare(spec: &StoreSpec, records: &[Marks]) -> Result<(UpperLock, Marks), LayersError> {
+pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks), LayersError> {
     let owner = resolve_owner(&spec.ownership)?;
     open_lower(&spec.layers.lower).map_err(|error| match (error, &spec.lower_store) {
         (LayersError::LowerMissing(dir), LowerStore::Nix { url, .. }) if dir.as_str() == NIX_STORE_DIR => {
@@ -47,16 +49,17 @@ pub fn prepare(spec: &StoreSpec, records: &[Marks]) -> Result<(UpperLock, Marks)
             }
         }
     }
-    let (upper, state) = identity::expected(spec, records);
+    let (upper, state) = identity::expected(spec, known);
     let directories = make_upper(spec, owner, &upper)?;
     let lock = UpperLock::take(&spec.layers.upper)?;
     mark::refuse_half_removed(spec)?;
     let state_dir = prepare_root(spec, owner, &state)?;
     // What is mounted may have changed since nothing was there to compare.
-    identity::check_pair(spec, Some(directories.upper.as_fd()), Some(state_dir.as_fd()))?;
-    let upper = upper.mark(directories.upper.as_fd())?;
-    identity::pair(spec, &upper, state_dir.as_fd())?;
-    Ok((lock, Marks { upper: Some(upper), state: Some(state.mark(state_dir.as_fd())?) }))
+    let (upper_dir, state_dir) = (directories.upper.as_fd(), state_dir.as_fd());
+    (upper.check(upper_dir)?, state.check(state_dir)?);
+    identity::check_pair(spec, Some(upper_dir), Some(state_dir), &state)?;
+    let pair = Pair { upper: &upper, upper_dir, through: upper_dir, state: &state, state_dir };
+    Ok((lock, pair.settle()?))
 }
 
 /// Checks the way to all directories of a store whose mount is in place already, and that it is made of them. Returns by what they
@@ -64,29 +67,28 @@ pub fn prepare(spec: &StoreSpec, records: &[Marks]) -> Result<(UpperLock, Marks)
 ///
 /// # Errors
 /// [`LayersError`].
-pub fn look_over(spec: &StoreSpec, records: &[Marks]) -> Result<Marks, LayersError> {
+pub fn look_over(spec: &StoreSpec, known: Known<'_>) -> Result<Marks, LayersError> {
     let (upper, merged) = (&spec.layers.upper, &spec.layers.merged);
-    let (expected, state) = identity::expected(spec, records);
+    let (expected, state) = identity::expected(spec, known);
     let mounted = Walk::new("root").to(merged)?;
     let directories = Directories::open(&spec.layers).map_err(|error| expected.missing(error))?;
+    let (upper_dir, through) = (directories.upper.as_fd(), mounted.as_fd());
+    let found = expected.check(upper_dir)?;
     // The overlay shows the attributes of the upper layer that it was made with.
-    let mark = expected.mark_through(directories.upper.as_fd(), mounted.as_fd())?;
-    let id = Id::of(&mounted).map_err(|errno| LayersError::sys("root", "look at", merged.as_str(), errno))?;
-    let is_it = || identity::are_one(&mounted, &directories.upper);
-    if id != mark.id || !is_it().map_err(|errno| LayersError::sys("root", "look at", merged.as_str(), errno))? {
+    let is_it = || Ok(Id::of(&mounted)? == found && identity::are_one(&mounted, upper_dir)?);
+    if !is_it().map_err(|errno| LayersError::sys("root", "look at", merged.as_str(), errno))? {
         return Err(LayersError::Elsewhere { upper: upper.clone(), merged: merged.clone() });
     }
-    let state = match Walk::new("root").to(&spec.state_dir) {
-        Err(LayersError::Sys { errno: Errno::NOENT, .. }) if !state.is_known() => None,
-        dir => {
-            let dir = dir.map_err(|error| state.missing(error))?;
-            state.check(dir.as_fd())?;
-            identity::check_pair(spec, Some(directories.upper.as_fd()), Some(dir.as_fd()))?;
-            identity::pair(spec, &mark, dir.as_fd())?;
-            Some(state.mark(dir.as_fd())?)
+    let state_dir = match Walk::new("root").to(&spec.state_dir) {
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) if !state.is_known() => {
+            return Ok(Marks { upper: Some(expected.mark_through(upper_dir, through)?), state: None });
         }
+        dir => dir.map_err(|error| state.missing(error))?,
     };
-    Ok(Marks { upper: Some(mark), state })
+    let state_dir = state_dir.as_fd();
+    state.check(state_dir)?;
+    identity::check_pair(spec, Some(upper_dir), Some(state_dir), &state)?;
+    Pair { upper: &expected, upper_dir, through, state: &state, state_dir }.settle()
 }
 
 /// Takes the lock of a store whose mount is in place already.
@@ -260,6 +262,7 @@ fn make_upper(spec: &StoreSpec, owner: Owner, upper: &Expected<'_>) -> Result<Di
     let directories = Directories::open(layers)?;
     check_upper(&directories, layers, owner)?;
     check_xattrs(directories.work.as_fd(), &layers.upper)?;
+    refuse_strange_work(directories.work.as_fd(), &layers.work)?;
     check_file_types(&layers.upper)?;
     Ok(directories)
 }

@@ -7,13 +7,15 @@
 //!   it by one rename, to a name that no store can have. A filesystem in memory goes by one unmount before that.
 //! * A declared store keeps its upper layer and work dir, whose owner and mode somebody may have chosen. Before anything is
 //!   taken out of them there is a mark beside the upper layer, with which the store does not come up. Then goes the state dir
-//!   with the database, by one rename, then the rest, and last the mark.
+//!   with the database, by one rename, then the rest, then the record by which they are known, and last the mark. Where there is
+//!   no room for the mark, it is made when there is some, after the database; a store that misses that does not come up either.
 //!
-//! In both cases the next run finds what the one before has left, and finishes it.
+//! What is none of the store's is not touched: see [`claim`](self::claim). In both cases the next run finds what the one before has left, and finishes it.
 //!
 //! An owner changes things meanwhile, if they like. Nothing is named by more than one component, below a directory that is
 //! open; no link is followed and no mount is crossed. What they move in here is taken away with the rest.
 
+mod claim;
 mod tree;
 
 use std::{
@@ -31,7 +33,7 @@ use rustix::{
 use super::{
     ephemeral,
     holders::holders,
-    identity::{self, Id, Marks},
+    identity::{self, Id, Known, Mark},
     layers::{self, LayersError},
     lock::UpperLock,
     mark,
@@ -93,12 +95,39 @@ pub enum RemoveError {
          take that from it with `chattr -ia`"
     )]
     Immutable(String),
-    /// A directory was never a store's.
+    /// A directory was never this store's.
     #[error(
-        "{0} has never been the upper layer of this store, or of another one, and is not empty; if nothing in it is needed, \
-         take that away by hand"
+        "{path} has never been the upper layer of this store, and is not empty; if nothing in it is needed, take that away by \
+         hand. If it is the store's, run `layered-stores start {store}` first"
     )]
-    Strange(AbsolutePath),
+    Strange {
+        /// The upper layer.
+        path: AbsolutePath,
+        /// The store's name.
+        store: String,
+    },
+    /// A database was never this store's.
+    #[error(
+        "the database in {state_dir} has never been that of this store; if it is not needed, take it away by hand, or name \
+         another root. If it is the store's, run `layered-stores start {store}` first"
+    )]
+    StrangeDatabase {
+        /// The state dir.
+        state_dir: AbsolutePath,
+        /// The store's name.
+        store: String,
+    },
+    /// A database is that of another upper layer.
+    #[error(
+        "the database in {state_dir} belongs to another upper layer than {upper}, and nothing is removed; name the upper layer \
+         that it belongs to, or another root"
+    )]
+    OtherPair {
+        /// The state dir.
+        state_dir: AbsolutePath,
+        /// The upper layer.
+        upper: AbsolutePath,
+    },
     /// The records cannot be changed.
     #[error("cannot forget by what its directories are known again: {0}")]
     Forget(io::Error),
@@ -147,11 +176,12 @@ pub fn is_half_removed(left: &LeftOver) -> bool {
     left.directory.as_path().file_name().is_some_and(|name| name != left.name.as_str())
 }
 
-/// Removes the directory that a store had for itself below the state directory.
+/// Removes the directory that a store had for itself below the state directory. `others` tells which stores have a mark on
+/// record.
 ///
 /// # Errors
 /// [`RemoveError`]; [`RemoveError::Nothing`] when there was none.
-pub fn directory(directory: &AbsolutePath) -> Result<(), RemoveError> {
+pub fn directory(directory: &AbsolutePath, others: &dyn Fn(&Id) -> Vec<(StoreName, Mark)>) -> Result<(), RemoveError> {
     progress::at(Spot::Root);
     let nothing = || RemoveError::Nothing(directory.clone());
     let (parent, name) = match Walk::new(KEY).to_parent(directory) {
@@ -171,6 +201,9 @@ pub fn directory(directory: &AbsolutePath) -> Result<(), RemoveError> {
         opened => drop(opened?),
     }
     let part = |tail| directory.join(tail).map_err(|_| sys("name what is in", directory.as_str())(Errno::NAMETOOLONG));
+    for (key, part) in [("upper-layer", part("upper")?), ("root", part("root/nix/var/nix")?)] {
+        refuse_others(key, &part, name, others)?;
+    }
     let _lock = lock(&part("upper")?)?;
     layers::release_mount_point(&part("root/nix/store")?)?;
     set_aside(parent.as_fd(), name, &removing, directory.as_str())?;
@@ -196,23 +229,39 @@ fn half_removed(name: &str) -> String {
     format!(".{name}.removing")
 }
 
-/// Removes all that is in a store that is not mounted. By the `records` its directories are known again; `was_up` tells whether
-/// it was up with these, and `other` whose mark it is that the records do not know. The store begins anew: `forget` forgets them.
+/// Refuses a directory that a store has by another path, such as one at which its filesystem is mounted as well.
+fn refuse_others(
+    key: &'static str,
+    path: &AbsolutePath,
+    store: &str,
+    others: &dyn Fn(&Id) -> Vec<(StoreName, Mark)>,
+) -> Result<(), RemoveError> {
+    let Some(dir) = existing(Walk::new(key).to(path))? else { return Ok(()) };
+    let look = sys("look at", path.as_str());
+    let Some(id) = Id::of(&dir).map_err(&look)? else { return Ok(()) };
+    match identity::claim(others, &id, dir.as_fd(), None).map_err(&look)? {
+        identity::Claim::Of(other) => {
+            Err(LayersError::OfOther { key, path: path.clone(), store: store.to_owned(), other }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes all that is in a store that is not mounted, as far as it is the store's by what is `known`. The store begins anew:
+/// `forget` forgets by what its directories are known again. Returns a state dir that was left alone.
 ///
 /// # Errors
 /// [`RemoveError`]; what was begun is finished by calling this again.
 pub fn contents(
     spec: &StoreSpec,
-    records: &[Marks],
-    was_up: bool,
-    other: impl Fn(&Id) -> Option<StoreName>,
+    known: Known<'_>,
     forget: impl Fn() -> io::Result<()>,
-) -> Result<(), RemoveError> {
+) -> Result<Option<AbsolutePath>, RemoveError> {
     if let Some(wanted) = &spec.ephemeral {
         forget().map_err(RemoveError::Forget)?;
-        return match directory(&wanted.directory) {
-            Err(RemoveError::Nothing(_)) => Ok(()),
-            result => result,
+        return match directory(&wanted.directory, known.others) {
+            Err(RemoveError::Nothing(_)) => Ok(None),
+            result => result.map(|()| None),
         };
     }
     let (upper, work) = (&spec.layers.upper, &spec.layers.work);
@@ -222,44 +271,56 @@ pub fn contents(
         unmount(&directory)?;
     }
     refuse_mounts(&[upper, work, &var, &spec.layers.merged], None)?;
-    let lock = lock(upper)?;
-    let (known_upper, known_state) = identity::expected(spec, records);
-    for (key, dir, known) in [("upper-layer", upper, known_upper), ("root", &spec.state_dir, known_state)] {
-        let Some(fd) = existing(Walk::new(key).to(dir))? else { continue };
-        let id = Id::of(&fd).map_err(sys("read the mark of", dir.as_str()))?;
-        let is_known = known.is_known() && known.check(fd.as_fd()).is_ok();
-        if let Some(other) = id.as_ref().filter(|_| !is_known).and_then(&other) {
-            return Err(LayersError::OfOther { key, path: dir.clone(), store: spec.name.to_string(), other }.into());
-        }
-        let is_strange = key == "upper-layer" && id.is_none() && !known.is_known() && !was_up;
-        if is_strange && !identity::is_empty(fd.as_fd()).map_err(sys("list", dir.as_str()))? {
-            return Err(RemoveError::Strange(dir.clone()));
-        }
+    let begun = mark::read(upper)?;
+    // One that is not there cannot come up in the middle, and what it would lie in may take no files.
+    let is_there = begun.is_some() || existing(Walk::new("upper-layer").to(upper))?.is_some();
+    let _lock = if is_there { lock(upper)? } else { None };
+    let claim = claim::claim(spec, known, begun.as_ref())?;
+    let work_dir = existing(Walk::new("work-dir").to(work))?;
+    if let Some(dir) = &work_dir {
+        layers::refuse_strange_work(dir.as_fd(), work)?;
     }
-    if lock.is_some() {
-        mark::mark(upper)?;
-    }
-    // Before the first of them is gone, or the store would wait for it; with the mark in place, which keeps it down meanwhile.
-    forget().map_err(RemoveError::Forget)?;
+    let is_to_be_marked = is_there && begun.is_none();
+    let is_marked = is_to_be_marked && had_room(mark::mark(upper, &claim.removing))?;
     progress::at(Spot::Root);
     if let Some((parent, name)) = existing(Walk::new("root").to_parent(&var))? {
         remove_tree(parent.as_fd(), ".var.removing", var.as_str())?;
-        set_aside(parent.as_fd(), name, ".var.removing", var.as_str())?;
-        remove_tree(parent.as_fd(), ".var.removing", var.as_str())?;
-    }
-    for (spot, key, dir) in [(Spot::Upper, "upper-layer", upper), (Spot::Work, "work-dir", work)] {
-        progress::at(spot);
-        if let Some(fd) = existing(Walk::new(key).to(dir))? {
-            let fd = readable(fd.as_fd()).map_err(sys("open", dir.as_str()))?;
-            identity::unmark(&fd).map_err(sys("take the mark from", dir.as_str()))?;
-            empty(&fd, dir.as_str())?;
-            sync(fd.as_fd(), dir.as_str())?;
+        if claim.state {
+            set_aside(parent.as_fd(), name, ".var.removing", var.as_str())?;
+            remove_tree(parent.as_fd(), ".var.removing", var.as_str())?;
         }
     }
-    if lock.is_some() {
+    if is_to_be_marked && !is_marked {
+        mark::mark(upper, &claim.removing)?;
+    }
+    progress::at(Spot::Upper);
+    if let Some(dir) = &claim.upper {
+        let dir = readable(dir.as_fd()).map_err(sys("open", upper.as_str()))?;
+        identity::unmark(&dir).map_err(sys("take the mark from", upper.as_str()))?;
+        empty(&dir, upper.as_str())?;
+        sync(dir.as_fd(), upper.as_str())?;
+    }
+    progress::at(Spot::Work);
+    if let Some(dir) = &work_dir {
+        for kernels in layers::KERNELS {
+            remove_tree(dir.as_fd(), kernels, work.as_str())?;
+        }
+        sync(dir.as_fd(), work.as_str())?;
+    }
+    // Not before: there is room for it now, and until now it says what is to be finished.
+    forget().map_err(RemoveError::Forget)?;
+    if is_there {
         mark::unmark(upper)?;
     }
-    Ok(())
+    Ok(claim.left)
+}
+
+/// Whether something could be written, and not only because nothing more fits.
+fn had_room(written: Result<(), LayersError>) -> Result<bool, LayersError> {
+    match written {
+        Err(LayersError::Sys { errno: Errno::NOSPC | Errno::DQUOT, .. }) => Ok(false),
+        written => written.map(|()| true),
+    }
 }
 
 fn sys(doing: &'static str, at: &str) -> impl Fn(Errno) -> RemoveError {

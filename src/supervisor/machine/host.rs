@@ -21,7 +21,6 @@ use layered_stores_overlay::{
     probe::Stale,
     progress::Progress,
     refresh::Changes,
-    remove,
     room::Room,
     swap::{self, OldSuperblock, SafeKeeping as _},
     watch::Watches,
@@ -252,7 +251,8 @@ impl Machine for Host {
     }
 
     fn remove_left_over(&self, directory: AbsolutePath) -> Later<'static, Result<(), OperationError>> {
-        let thread = tokio::task::spawn_blocking(move || remove::directory(&directory));
+        let records = self.tools.records.clone();
+        let thread = tokio::task::spawn_blocking(move || operation::remove_left_over(&records, &directory));
         Box::pin(async move { Ok(thread.await.map_err(|error| OperationError::Panic(error.to_string()))??) })
     }
 }

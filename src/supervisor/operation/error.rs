@@ -70,6 +70,7 @@ impl OperationError {
                 | LayersError::Another { .. }
                 | LayersError::OfOther { .. }
                 | LayersError::OtherUpper { .. }
+                | LayersError::Unpaired { .. }
                 | LayersError::NoDatabase { .. }
                 | LayersError::Elsewhere { .. },
             )

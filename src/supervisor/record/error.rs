@@ -44,3 +44,11 @@ pub enum RecordError {
         source: io::Error,
     },
 }
+
+impl RecordError {
+    /// Whether nothing is wrong but that no more fits.
+    pub(in crate::supervisor) fn is_of_no_room(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::Write { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
+    }
+}

@@ -25,7 +25,7 @@ fn what_a_store_had_before_is_known_from_every_record() {
         state: Some(Mark { path: spec.state_dir.clone(), id: None }),
     };
     let refused = || {
-        let result = identity::require(&spec, &records.marks(&spec).expect("read"));
+        let result = identity::require(&spec, identity::Known::of(&records.marks(&spec).expect("read")));
         matches!(result, Err(LayersError::Missing { .. }))
     };
     assert!(!refused(), "nothing was ever there");
@@ -43,7 +43,7 @@ fn what_a_store_had_before_is_known_from_every_record() {
     let mut other = StoreSpec::clone(&spec);
     (other.state_dir, other.layers.upper) = ("/other".parse().expect("valid"), "/else".parse().expect("valid"));
     let kept = records.marks(&other).expect("read");
-    assert!(identity::require(&other, &kept).is_ok(), "other directories are other ones");
+    assert!(identity::require(&other, identity::Known::of(&kept)).is_ok(), "other directories are other ones");
     let in_memory = Ephemeral { directory: "/memory".parse().expect("valid"), size: "1M".parse().expect("valid") };
     let ephemeral = Arc::new(fixture::with(&spec, |terms| terms.ephemeral = Some(in_memory)));
     assert_eq!(records.marks(&ephemeral).expect("read"), [], "a boot takes these with it");

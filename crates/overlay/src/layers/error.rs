@@ -5,7 +5,7 @@ use rustix::io::Errno;
 
 use crate::{
     context::ContextError,
-    identity::{ATTRIBUTE, Id},
+    identity::{ATTRIBUTE, Id, UPPER_ATTRIBUTE},
 };
 
 /// Why a store's directories cannot be used. Nothing was mounted.
@@ -72,10 +72,11 @@ pub enum LayersError {
     /// A directory is not the one with a store's data.
     #[error(
         "{key}: {path} is another directory than the one that has what is in store {store}: it has {}, and should have \
-         the mark {wanted}; mount the filesystem that is missing there, and the store comes up by itself.{} To throw away what \
-         is there and begin anew, run `layered-stores remove-data {store}`",
+         the mark {wanted}; mount the filesystem that is missing there, or unmount what covers it, and the store comes up by \
+         itself.{} {}",
         .found.as_ref().map_or_else(|| "no mark".to_owned(), |id| format!("the mark {id}")),
-        copy(found.is_none(), wanted, path)
+        copy(found.is_none() && *holds_something, wanted, path),
+        anew(*holds_something, path, store)
     )]
     Another {
         /// The configuration's key.
@@ -84,6 +85,8 @@ pub enum LayersError {
         path: AbsolutePath,
         /// The store's name.
         store: String,
+        /// Whether there is something in it.
+        holds_something: bool,
         /// The mark it has.
         found: Option<Id>,
         /// The mark that the records have.
@@ -92,7 +95,8 @@ pub enum LayersError {
     /// A directory is that of another store.
     #[error(
         "{key}: {path} has what is in store {other}, and not what is in store {store}; mount the filesystem that belongs \
-         there, and the store comes up by itself, or name another path"
+         there, and the store comes up by itself, or name another path. If it was moved here on purpose, take {other} out of \
+         the configuration, or bring it up with other directories, and start {store} again"
     )]
     OfOther {
         /// The configuration's key.
@@ -107,10 +111,10 @@ pub enum LayersError {
     /// The database belongs to another upper layer.
     #[error(
         "upper-layer: {path} is not the directory that the database in {state_dir} belongs to, and which has the mark {wanted}; \
-         name the path of that, mount the filesystem it is on, or move it here (mv(1) and `cp -a` keep the mark).{} With another \
-         `root`, the store begins anew beside it; to throw the database away, and what is in {path}, run `layered-stores \
-         remove-data {store}`",
-        copy(*unmarked, wanted, path)
+         name the path of that, mount the filesystem it is on, or unmount what covers it, or move it here (`mv -T OLD NEW` and \
+         `cp -a` keep the mark).{} With another `root`, the store begins anew beside it; to throw the database away, and what is \
+         in its upper layer, name the path of that and run `layered-stores remove-data {store}`",
+        copy(*is_copy, wanted, path)
     )]
     OtherUpper {
         /// The upper layer.
@@ -119,16 +123,44 @@ pub enum LayersError {
         state_dir: AbsolutePath,
         /// The mark of the upper layer it belongs to.
         wanted: Id,
-        /// Whether there is an upper layer that has no mark.
-        unmarked: bool,
+        /// Whether there is an upper layer with something in it that has no mark.
+        is_copy: bool,
         /// The store's name.
         store: String,
     },
+    /// The database may belong to any upper layer.
+    #[error(
+        "upper-layer: {path} has what is in a store, and the database in {state_dir}, where store {store} would have its \
+         own, does not tell that it belongs to it; mount the filesystem that the right one is on, or unmount what covers it, or name the root it is in. If the two belong \
+         together, which only you can tell, run `setfattr --name={UPPER_ATTRIBUTE} --value={found} {state_dir}`: with another \
+         database, the next garbage collection deletes all that is in {path}"
+    )]
+    Unpaired {
+        /// The upper layer.
+        path: AbsolutePath,
+        /// The directory with the database.
+        state_dir: AbsolutePath,
+        /// The mark of the upper layer.
+        found: Id,
+        /// The store's name.
+        store: String,
+    },
+    /// Where a database would be is a link.
+    #[error(
+        "root: in {0}, `db` or what is in it is a symbolic link, behind which nobody can tell whether the database is there; \
+         move the directory here, or mount what it is on here (`mount --bind`)"
+    )]
+    LinkedDatabase(AbsolutePath),
     /// An upper layer was used, and the database that knows what is in it is not there.
     #[error(
         "upper-layer: {path} has what is in a store, and {state_dir} does not have the database that knows of it; mount the \
-         filesystem it is on, or, if the store had another root, `mkdir --parents` {state_dir} and move what is in that of the \
-         other root there. If it is gone for good, `layered-stores remove-data {store}` has the store begin anew"
+         filesystem it is on, or unmount what covers it, or, if the store had another root, have the `nix/var/nix` of that moved \
+         here, with its owner: make what {state_dir} lies in, and run `mv -T OLD {state_dir}`. If it is gone for good, {}",
+        if *is_known {
+            format!("`layered-stores remove-data {store}` has the store begin anew")
+        } else {
+            format!("store {store} begins anew when what is in {path} was moved away")
+        }
     )]
     NoDatabase {
         /// The upper layer.
@@ -137,6 +169,32 @@ pub enum LayersError {
         state_dir: AbsolutePath,
         /// The store's name.
         store: String,
+        /// Whether the upper layer is on record for the store.
+        is_known: bool,
+    },
+    /// An upper layer was never a store's, and has something in it.
+    #[error(
+        "upper-layer: {path} is not empty (it holds {example:?}), and there is no database in {state_dir} that knows of it; \
+         name another path, or move away what is in it. If it is a store's, name the root that has its database"
+    )]
+    UpperNotEmpty {
+        /// The upper layer.
+        path: AbsolutePath,
+        /// One of its entries.
+        example: String,
+        /// Where a database would be.
+        state_dir: AbsolutePath,
+    },
+    /// A work dir has something in it that would be deleted.
+    #[error(
+        "work-dir: {path} is not empty (it holds {example:?}), and OverlayFS deletes what is in its work dir; move it away, or \
+         name another path"
+    )]
+    WorkNotEmpty {
+        /// The work dir.
+        path: AbsolutePath,
+        /// Something in it.
+        example: String,
     },
     /// What is mounted has another upper layer than the one that its path leads to.
     #[error(
@@ -326,6 +384,19 @@ pub enum LayersError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// Not even root may do it.
+    #[error(
+        "{key}: cannot {doing} {at}: it, or the directory it is in, is immutable or append-only (lsattr(1)), which is root's \
+         doing, as for a mount point whose filesystem is missing; mount that, or take the attribute away with `chattr -ia`"
+    )]
+    Immutable {
+        /// The configuration's key.
+        key: &'static str,
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        at: String,
+    },
     /// A system call failed.
     #[error("{key}: cannot {doing} {at}: {errno}")]
     Sys {
@@ -351,11 +422,20 @@ fn copy(unmarked: bool, wanted: &Id, path: &AbsolutePath) -> String {
     }
 }
 
+/// How a store begins anew whose directory has another in its place.
+fn anew(holds_something: bool, path: &AbsolutePath, store: &str) -> String {
+    let first = if holds_something { format!("move away what is in {path}, and ") } else { String::new() };
+    format!(
+        "To begin anew without what was in the store, its database included, {first}run `layered-stores remove-data {store}`"
+    )
+}
+
 impl LayersError {
     /// That a system call failed.
     pub(crate) fn sys(key: &'static str, doing: &'static str, at: impl Into<String>, errno: Errno) -> Self {
         match errno {
             Errno::ROFS => Self::ReadOnly { key, at: at.into() },
+            Errno::PERM => Self::Immutable { key, doing, at: at.into() },
             errno => Self::Sys { key, doing, at: at.into(), errno },
         }
     }

@@ -12,20 +12,20 @@ fn give(path: &Path, mode: u32, owner: Option<u32>) {
 #[test]
 fn preparing_again_changes_nothing_and_the_bare_mount_point_takes_no_writes() {
     let store = Store::new();
-    drop(prepare(&store.spec, &[]).expect("prepared"));
-    drop(prepare(&store.spec, &[]).expect("prepared again"));
+    drop(prepare(&store.spec, Known::of(&[])).expect("prepared"));
+    drop(prepare(&store.spec, Known::of(&[])).expect("prepared again"));
     let bare = store.spec.layers.merged.as_path();
     assert!(fs::write(bare.join("x"), "").is_err(), "not even root writes into the bare mount point");
     release_mount_point(&store.spec.layers.merged).expect("released");
     fs::write(bare.join("x"), "").expect("released, it is a directory like any other");
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::MountPointNotEmpty { .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::MountPointNotEmpty { .. })));
 }
 
 #[test]
 fn an_upper_layer_is_used_once() {
     let store = Store::new();
-    let _lock = prepare(&store.spec, &[]).expect("prepared");
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::Locked(_))));
+    let _lock = prepare(&store.spec, Known::of(&[])).expect("prepared");
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::Locked(_))));
 }
 
 #[test]
@@ -35,11 +35,11 @@ fn a_path_that_others_could_redirect_is_not_walked() {
     let elsewhere = store.root.path().join("elsewhere");
     fs::create_dir_all(elsewhere.join("stores")).expect("made");
     symlink(&elsewhere, &state).expect("linked");
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::Symlink { .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::Symlink { .. })));
     fs::remove_file(&state).expect("removed");
     fs::create_dir(&state).expect("made");
     fs::set_permissions(&state, fs::Permissions::from_mode(0o777)).expect("chmod");
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::UnsafeParent { .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::UnsafeParent { .. })));
 }
 
 #[test]
@@ -50,7 +50,10 @@ fn not_even_the_owner_of_a_store_may_own_a_directory_above_it() {
     for mode in [0o755, 0o1777] {
         fs::create_dir_all(&state).expect("made");
         give(&state, mode, STRANGER);
-        assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::UnsafeParent { uid: 65534, .. })), "{mode:o}");
+        assert!(
+            matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::UnsafeParent { uid: 65534, .. })),
+            "{mode:o}"
+        );
     }
 }
 
@@ -59,14 +62,17 @@ fn the_way_to_the_lower_store_is_walked_as_well() {
     let store = Store::new();
     let (lower, away) = (store.root.path().join("lower"), store.root.path().join("away"));
     give(&lower.join("nix/store"), 0o1775, STRANGER);
-    drop(prepare(&store.spec, &[]).expect("the directory itself may belong to anybody"));
+    drop(prepare(&store.spec, Known::of(&[])).expect("the directory itself may belong to anybody"));
     give(&lower.join("nix"), 0o755, STRANGER);
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::UnsafeParent { key: "lower-store", .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::UnsafeParent { key: "lower-store", .. })));
     give(&lower.join("nix"), 0o755, Some(0));
     for link in ["nix/store", "nix"] {
         fs::rename(lower.join(link), &away).expect("moved");
         symlink(&away, lower.join(link)).expect("linked");
-        assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::Symlink { key: "lower-store", .. })), "{link}");
+        assert!(
+            matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::Symlink { key: "lower-store", .. })),
+            "{link}"
+        );
         fs::remove_file(lower.join(link)).expect("removed");
         fs::rename(&away, lower.join(link)).expect("moved back");
     }
@@ -79,18 +85,24 @@ fn where_others_can_make_files_nothing_is_made_or_taken() {
     let stores = state.join("stores");
     fs::create_dir(&state).expect("made");
     give(&state, 0o1777, Some(0));
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::SharedParent { .. })), "nothing is made there");
+    assert!(
+        matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::SharedParent { .. })),
+        "nothing is made there"
+    );
     fs::create_dir(&stores).expect("made");
     give(&stores, 0o755, STRANGER);
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::UnsafeParent { .. })), "nothing of others' is taken");
+    assert!(
+        matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::UnsafeParent { .. })),
+        "nothing of others' is taken"
+    );
     give(&stores, 0o755, Some(0));
-    drop(prepare(&store.spec, &[]).expect("what is root's there is safe, as below /tmp"));
+    drop(prepare(&store.spec, Known::of(&[])).expect("what is root's there is safe, as below /tmp"));
     fs::create_dir(state.join("lower")).expect("made");
     let mut store = store;
     store.spec.layers.lower = state.join("lower").to_str().expect("text").parse().expect("valid");
-    drop(prepare(&store.spec, &[]).expect("root's"));
+    drop(prepare(&store.spec, Known::of(&[])).expect("root's"));
     give(&state.join("lower"), 0o755, STRANGER);
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::SharedParent { key: "lower-store", .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::SharedParent { key: "lower-store", .. })));
 }
 
 #[test]
@@ -99,12 +111,18 @@ fn directories_that_somebody_else_has_made_before_are_not_taken() {
     let (upper, work) = (store.spec.layers.upper.as_path(), store.spec.layers.work.as_path());
     fs::create_dir_all(upper).expect("made");
     give(upper, 0o755, STRANGER);
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::OtherOwner { found: 65534, wanted: 0, .. })));
+    assert!(matches!(
+        prepare(&store.spec, Known::of(&[])),
+        Err(LayersError::OtherOwner { found: 65534, wanted: 0, .. })
+    ));
     give(upper, 0o755, Some(0));
     fs::create_dir_all(work).expect("made");
     for (mode, owner) in [(0o700, STRANGER), (0o770, Some(0)), (0o1777, Some(0))] {
         give(work, mode, owner);
-        assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::NotRoots { key: "work-dir", .. })), "{mode:o}");
+        assert!(
+            matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::NotRoots { key: "work-dir", .. })),
+            "{mode:o}"
+        );
     }
     fs::remove_dir(work).expect("removed");
 
@@ -113,10 +131,10 @@ fn directories_that_somebody_else_has_made_before_are_not_taken() {
     fs::create_dir(&half_made).expect("made");
     give(&half_made, 0o777, STRANGER);
     fs::write(half_made.join("theirs"), "").expect("written");
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::InTheWay { .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::InTheWay { .. })));
     fs::remove_file(half_made.join("theirs")).expect("removed");
     let theirs = fs::File::open(&half_made).expect("open");
-    drop(prepare(&store.spec, &[]).expect("an empty one is of a daemon that was killed, and made anew"));
+    drop(prepare(&store.spec, Known::of(&[])).expect("an empty one is of a daemon that was killed, and made anew"));
     let ino = |metadata: fs::Metadata| std::os::unix::fs::MetadataExt::ino(&metadata);
     assert_ne!(ino(theirs.metadata().expect("it")), ino(work.metadata().expect("it")));
     assert_eq!(work.metadata().expect("it").permissions().mode() & 0o7777, 0o700);
@@ -125,7 +143,7 @@ fn directories_that_somebody_else_has_made_before_are_not_taken() {
 #[test]
 fn a_lock_that_others_can_take_keeps_no_store_down() {
     let store = Store::new();
-    drop(prepare(&store.spec, &[]).expect("prepared"));
+    drop(prepare(&store.spec, Known::of(&[])).expect("prepared"));
     let lock = |path: &Path| {
         let file = fs::File::open(path).expect("open");
         file.lock().expect("locked");
@@ -139,8 +157,8 @@ fn a_lock_that_others_can_take_keeps_no_store_down() {
     fs::write(&file, "").expect("made");
     give(&file, 0o666, STRANGER);
     let _theirs = [lock(upper), lock(upper.parent().expect("a parent")), lock(&file)];
-    let mine = prepare(&store.spec, &[]).expect("not kept down");
-    assert!(matches!(prepare(&store.spec, &[]), Err(LayersError::Locked(_))), "but this one counts");
+    let mine = prepare(&store.spec, Known::of(&[])).expect("not kept down");
+    assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::Locked(_))), "but this one counts");
     assert!(matches!(layers::lock(&store.spec), Err(LayersError::Locked(_))));
     drop(mine);
     drop(layers::lock(&store.spec).expect("free again"));
@@ -149,24 +167,24 @@ fn a_lock_that_others_can_take_keeps_no_store_down() {
 #[test]
 fn an_upper_layer_is_known_again_and_another_one_is_not_taken() {
     let store = Store::mounted();
-    let marks = look_over(&store.spec, &[]).expect("ours");
+    let marks = look_over(&store.spec, Known::of(&[])).expect("ours");
     let id = marks.upper.clone().and_then(|mark| mark.id);
     assert!(id.is_some(), "an overlay shows the mark, and takes one");
     let upper = store.spec.layers.upper.as_path();
     let aside = upper.with_file_name("aside");
     fs::rename(upper, &aside).expect("renamed");
     let records = [marks];
-    assert!(matches!(look_over(&store.spec, &records), Err(LayersError::Missing { .. })));
+    assert!(matches!(look_over(&store.spec, Known::of(&records)), Err(LayersError::Missing { .. })));
     fs::create_dir(upper).expect("made");
-    assert!(matches!(look_over(&store.spec, &records), Err(LayersError::Another { .. })));
-    assert!(matches!(look_over(&store.spec, &[]), Err(LayersError::Elsewhere { .. })));
+    assert!(matches!(look_over(&store.spec, Known::of(&records)), Err(LayersError::Another { .. })));
+    assert!(matches!(look_over(&store.spec, Known::of(&[])), Err(LayersError::Elsewhere { .. })));
     let swapped = store.refresh(&Changes::unknown(), Rung::Swap);
     assert!(swapped.is_err(), "nor is it slid under: {swapped:?}");
     unmount(&store.spec.layers).expect("unmounted");
     assert!(matches!(mount(&store.spec.layers, id.as_ref()), Err(MountError::OtherUpper(_))));
-    assert!(matches!(prepare(&store.spec, &records), Err(LayersError::Another { .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&records)), Err(LayersError::Another { .. })));
     fs::remove_dir(upper).expect("removed");
-    assert!(matches!(prepare(&store.spec, &records), Err(LayersError::Missing { .. })));
+    assert!(matches!(prepare(&store.spec, Known::of(&records)), Err(LayersError::Missing { .. })));
     assert!(!upper.exists(), "nothing was made");
     fs::rename(&aside, upper).expect("renamed");
     mount(&store.spec.layers, id.as_ref()).expect("the one");

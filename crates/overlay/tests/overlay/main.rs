@@ -1,8 +1,10 @@
 //! Real overlays on the real kernel, in a mount namespace of their own. These tests need root.
 
 mod directories;
+mod pairs;
 mod places;
 mod refreshes;
+mod removals;
 mod swaps;
 
 use std::{
@@ -18,6 +20,7 @@ use std::{
 use layered_stores_model::{Layers, StoreSpec, fixture};
 use layered_stores_overlay::{
     glance, host,
+    identity::Known,
     layers::{self, LayersError, look_over, prepare, release_mount_point},
     mount::{MountError, correct_flags, mount, unmount},
     mountinfo::{Cover, MountState, MountTable},
@@ -55,7 +58,7 @@ impl Store {
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private).expect("a private namespace");
         let store = Self::new();
-        prepare(&store.spec, &[]).expect("directories");
+        prepare(&store.spec, Known::of(&[])).expect("directories");
         mount(&store.spec.layers, None).expect("mounted");
         store
     }
