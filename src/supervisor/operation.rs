@@ -12,7 +12,7 @@ use layered_stores_model::{AbsolutePath, StoreSpec};
 use layered_stores_overlay::{
     glance,
     holders::holders,
-    identity::{self, Id, Known},
+    identity::{self, Id, Known, Marks},
     layers::{self, LayersError},
     left::Left,
     mount,
@@ -408,10 +408,10 @@ pub(super) async fn remove(
     let spec = Arc::clone(&errand.spec);
     let remove = move || {
         drop(lock);
-        let forget = || tools.records.forget_marks(&spec.name).map_err(io::Error::other);
+        let record = |marks: &Marks| tools.records.begin_anew(&spec.name, marks).map_err(io::Error::other);
         let records = tools.records.marks(&spec)?;
         let others = |id: &Id| tools.records.with_mark(Some(&spec.name), id);
-        if let Some(left) = remove::contents(&spec, Known { own: &records, others: &others }, forget)? {
+        if let Some(left) = remove::contents(&spec, Known { own: &records, others: &others }, record)? {
             let name = &spec.name;
             tracing::warn!(store = %name, "{name}: the database in {left} belongs to another upper layer, and is left there");
         }

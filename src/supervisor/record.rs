@@ -257,14 +257,14 @@ impl Records {
             .collect()
     }
 
-    /// Forgets by what the directories of a store are known again, on disk when this returns: it is to begin anew.
-    pub(super) fn forget_marks(&self, name: &StoreName) -> Result<(), RecordError> {
+    /// Has a store begin anew, with directories that are known by these marks or by none, on disk when this returns.
+    pub(super) fn begin_anew(&self, name: &StoreName, marks: &Marks) -> Result<(), RecordError> {
         progress::at(Spot::Records);
         let path = self.known_path(name);
         if let Some(text) = read(&path)?
             && let Ok(record) = serde_json::from_slice::<Record>(&text)
         {
-            let record = Record { marks: Some(Marks::default()), ..record };
+            let record = Record { marks: Some(marks.clone()), ..record };
             match keep(&path, &serde_json::to_vec_pretty(&record), true) {
                 Ok(()) => self.note(name, Some(record)),
                 // The store is down, and has no traces that somebody would have to undo.

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::id::{ATTRIBUTE, Id, UPPER_ATTRIBUTE};
 pub(super) use self::{
-    id::{are_one, unmark},
+    id::{are_one, mark_anew, unmark},
     pair::{Pair, check_pair, example_of, has_database, tells},
 };
 use super::{

@@ -7,7 +7,8 @@
 //!   it by one rename, to a name that no store can have. A filesystem in memory goes by one unmount before that.
 //! * A declared store keeps its upper layer and work dir, whose owner and mode somebody may have chosen. Before anything is
 //!   taken out of them there is a mark beside the upper layer, with which the store does not come up. Then goes the state dir
-//!   with the database, by one rename, then the rest, then the record by which they are known, and last the mark. Where there is
+//!   with the database, by one rename, then the rest; then the record tells of the empty
+//!   directories, and the mark goes. Where there is
 //!   no room for the mark, it is made when there is some, after the database; a store that misses that does not come up either.
 //!
 //! What is none of the store's is not touched: see [`claim`](self::claim). In both cases the next run finds what the one before has left, and finishes it.
@@ -33,7 +34,7 @@ use rustix::{
 use super::{
     ephemeral,
     holders::holders,
-    identity::{self, Id, Known, Mark},
+    identity::{self, Id, Known, Mark, Marks},
     layers::{self, LayersError},
     lock::UpperLock,
     mark,
@@ -129,8 +130,8 @@ pub enum RemoveError {
         upper: AbsolutePath,
     },
     /// The records cannot be changed.
-    #[error("cannot forget by what its directories are known again: {0}")]
-    Forget(io::Error),
+    #[error("cannot keep by what its directories are known again: {0}")]
+    Record(io::Error),
     /// The mount table could not be read.
     #[error("cannot read the mount table: {0}")]
     MountTable(io::Error),
@@ -248,17 +249,17 @@ fn refuse_others(
 }
 
 /// Removes all that is in a store that is not mounted, as far as it is the store's by what is `known`. The store begins anew:
-/// `forget` forgets by what its directories are known again. Returns a state dir that was left alone.
+/// `record` keeps by what its directories are known from now on. Returns a state dir that was left alone.
 ///
 /// # Errors
 /// [`RemoveError`]; what was begun is finished by calling this again.
 pub fn contents(
     spec: &StoreSpec,
     known: Known<'_>,
-    forget: impl Fn() -> io::Result<()>,
+    record: impl Fn(&Marks) -> io::Result<()>,
 ) -> Result<Option<AbsolutePath>, RemoveError> {
     if let Some(wanted) = &spec.ephemeral {
-        forget().map_err(RemoveError::Forget)?;
+        record(&Marks::default()).map_err(RemoveError::Record)?;
         return match directory(&wanted.directory, known.others) {
             Err(RemoveError::Nothing(_)) => Ok(None),
             result => result.map(|()| None),
@@ -294,10 +295,14 @@ pub fn contents(
         mark::mark(upper, &claim.removing)?;
     }
     progress::at(Spot::Upper);
+    let mut marks = Marks::default();
     if let Some(dir) = &claim.upper {
         let dir = readable(dir.as_fd()).map_err(sys("open", upper.as_str()))?;
         identity::unmark(&dir).map_err(sys("take the mark from", upper.as_str()))?;
         empty(&dir, upper.as_str())?;
+        // It is the store's still, whatever somebody goes on to make in it.
+        let id = identity::mark_anew(&dir).map_err(sys("set the mark of", upper.as_str()))?;
+        marks.upper = id.map(|id| Mark { path: upper.clone(), id: Some(id) });
         sync(dir.as_fd(), upper.as_str())?;
     }
     progress::at(Spot::Work);
@@ -307,8 +312,8 @@ pub fn contents(
         }
         sync(dir.as_fd(), work.as_str())?;
     }
-    // Not before: there is room for it now, and until now it says what is to be finished.
-    forget().map_err(RemoveError::Forget)?;
+    // Not before: there is room for it now, and until now the record says what is to be finished.
+    record(&marks).map_err(RemoveError::Record)?;
     if is_there {
         mark::unmark(upper)?;
     }

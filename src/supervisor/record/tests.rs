@@ -56,7 +56,7 @@ fn what_a_store_had_before_is_known_from_every_record() {
     assert_eq!(next.marks(&ephemeral).expect("read"), std::slice::from_ref(&marks));
 
     records.remember(&spec, &marks).expect("written");
-    records.forget_marks(&spec.name).expect("forgotten");
+    records.begin_anew(&spec.name, &Marks::default()).expect("forgotten");
     assert!(!refused(), "it is to begin anew");
     assert_eq!(
         records.known(&[]).expect("listed").stores,
@@ -72,7 +72,7 @@ fn what_a_store_had_before_is_known_from_every_record() {
     assert_eq!(records.known(&[StoreSpec::clone(&spec)]).expect("listed").stores, []);
     assert!(!known.exists(), "it is moved aside");
     assert!(refused(), "and says as much as before");
-    records.forget_marks(&spec.name).expect("forgotten");
+    records.begin_anew(&spec.name, &Marks::default()).expect("forgotten");
     assert!(!refused());
 }
 

@@ -123,6 +123,15 @@ pub(crate) fn unmark(dir: impl AsFd) -> Result<(), Errno> {
     }
 }
 
+/// Gives a directory that is empty by now a mark of its own. `None` where none can be set.
+pub(crate) fn mark_anew(dir: impl AsFd) -> Result<Option<Id>, Errno> {
+    let fresh = Id::new()?;
+    match fresh.replace(dir) {
+        Err(errno) if is_no_place_for_marks(errno) => Ok(None),
+        set => set.map(|()| Some(fresh)),
+    }
+}
+
 /// Takes from a state dir what was announced: it is told by now.
 pub(super) fn unannounce(state_dir: impl AsFd) -> Result<(), Errno> {
     match rustix::fs::fremovexattr(readable(state_dir.as_fd())?, NEXT_ATTRIBUTE) {

@@ -1,6 +1,6 @@
 //! What of a store is removed, and what is not.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 
 use layered_stores_overlay::{
     identity::{ATTRIBUTE, Mark, Marks, UPPER_ATTRIBUTE, require, retained},
@@ -14,13 +14,17 @@ use super::{
 
 impl Store {
     fn remove(&self, own: &[Marks]) -> Result<bool, RemoveError> {
-        let forgotten = Cell::new(false);
-        let left = remove::contents(&self.spec, Known::of(own), || {
-            forgotten.set(true);
+        Ok(self.remove_anew(own)?.0)
+    }
+
+    /// Whether a state dir is left, and by what the directories are known from then on.
+    fn remove_anew(&self, own: &[Marks]) -> Result<(bool, Marks), RemoveError> {
+        let recorded = RefCell::new(None);
+        let left = remove::contents(&self.spec, Known::of(own), |marks| {
+            *recorded.borrow_mut() = Some(marks.clone());
             Ok(())
         })?;
-        assert!(forgotten.get());
-        Ok(left.is_some())
+        Ok((left.is_some(), recorded.into_inner().expect("recorded")))
     }
 
     fn is_full(&self) -> bool {
@@ -39,9 +43,12 @@ impl Store {
 #[test]
 fn a_store_that_was_up_is_emptied_and_comes_up_empty() {
     let (store, marks) = Store::used();
-    assert!(!store.remove(&marks).expect("removed"));
-    assert!(!store.is_full() && !store.has_database() && !store.being_removed().exists());
-    assert_eq!(attribute(store.spec.layers.upper.as_path(), ATTRIBUTE), None);
+    let before = attribute(store.spec.layers.upper.as_path(), ATTRIBUTE);
+    let (is_left, anew) = store.remove_anew(&marks).expect("removed");
+    assert!(!is_left && !store.is_full() && !store.has_database() && !store.being_removed().exists());
+    assert_ne!(attribute(store.spec.layers.upper.as_path(), ATTRIBUTE), before, "who knows it by that is to miss it");
+    fs::create_dir(store.upper()).expect("somebody goes on making files");
+    store.remove(&[anew]).expect("removed");
     store.prepare().expect("anew");
 }
 
