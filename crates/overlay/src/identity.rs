@@ -5,14 +5,12 @@
 //! paths it does not have, or one that knows nothing of those of the other.
 //!
 //! So the upper layer and the state dir carry a mark: a random number in an extended attribute that root alone can set, and
-//! that no overlay hides. The records have it too. A mark is never replaced; `remove-data` takes it away. It is on disk before
-//! a record names it, so wherever a daemon ends, the next one finds either a record that is kept to, or none and takes what is
-//! there.
+//! that no overlay hides. The records have it too. It is on disk before a record names it, so wherever a daemon ends, the next
+//! one finds either a record that is kept to, or none and takes what is there, unless it is another store's by the record of
+//! that. A mark is replaced in a copy only, which could be mistaken for the original later; `remove-data` takes it away.
 //!
-//! The two belong together. The state dir has the upper layer's mark as well: with another upper layer, its database would name
-//! paths that are not there, and what is in the upper layer of another database would be nobody's. That is seen without any
-//! record: a store may have got another name, or another upper layer for a while. And if both are others than on record and
-//! belong together, they are a whole store that somebody has put there, such as a backup, and are taken.
+//! The two belong together: see [`pair`]. If both are others than on record and belong together, they are a whole store that
+//! somebody has put there, such as a backup, and are taken.
 
 mod id;
 mod pair;

@@ -56,7 +56,8 @@ pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks),
     let state_dir = prepare_root(spec, owner, &state)?;
     // What is mounted may have changed since nothing was there to compare.
     let (upper_dir, state_dir) = (directories.upper.as_fd(), state_dir.as_fd());
-    (upper.check(upper_dir)?, state.check(state_dir)?);
+    upper.check(upper_dir)?;
+    state.check(state_dir)?;
     identity::check_pair(spec, Some(upper_dir), Some(state_dir), &state)?;
     let pair = Pair { upper: &upper, upper_dir, through: upper_dir, state: &state, state_dir };
     Ok((lock, pair.settle()?))
@@ -87,7 +88,12 @@ pub fn look_over(spec: &StoreSpec, known: Known<'_>) -> Result<Marks, LayersErro
     };
     let state_dir = state_dir.as_fd();
     state.check(state_dir)?;
-    identity::check_pair(spec, Some(upper_dir), Some(state_dir), &state)?;
+    let tells = |upper: Id| identity::tells(state_dir, &upper);
+    let are_told = found.map(tells).transpose();
+    // Its database may be gone by now, and taken down it would be worse off; a start would see that.
+    if are_told.map_err(|errno| LayersError::sys("root", "look at", spec.state_dir.as_str(), errno))? != Some(true) {
+        identity::check_pair(spec, Some(upper_dir), Some(state_dir), &state)?;
+    }
     Pair { upper: &expected, upper_dir, through, state: &state, state_dir }.settle()
 }
 

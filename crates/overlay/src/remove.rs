@@ -7,11 +7,11 @@
 //!   it by one rename, to a name that no store can have. A filesystem in memory goes by one unmount before that.
 //! * A declared store keeps its upper layer and work dir, whose owner and mode somebody may have chosen. Before anything is
 //!   taken out of them there is a mark beside the upper layer, with which the store does not come up. Then goes the state dir
-//!   with the database, by one rename, then the rest; then the record tells of the empty
-//!   directories, and the mark goes. Where there is
-//!   no room for the mark, it is made when there is some, after the database; a store that misses that does not come up either.
+//!   with the database, by one rename, then the rest; then the record tells of the empty directories, and the mark goes. Where
+//!   there is no room for the mark, it is made after the database is gone; a store that misses that does not come up either.
 //!
-//! What is none of the store's is not touched: see [`claim`](self::claim). In both cases the next run finds what the one before has left, and finishes it.
+//! What is none of the store's is not touched: see [`mod@claim`]. In both cases the next run finds what the one before has left,
+//! and finishes it.
 //!
 //! An owner changes things meanwhile, if they like. Nothing is named by more than one component, below a directory that is
 //! open; no link is followed and no mount is crossed. What they move in here is taken away with the rest.

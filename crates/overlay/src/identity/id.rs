@@ -26,7 +26,7 @@ const LENGTH: usize = 32;
 
 /// A number that no other directory has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Id(String);
+pub struct Id(Box<str>);
 
 impl Id {
     pub(super) fn new() -> Result<Self, Errno> {
@@ -35,13 +35,13 @@ impl Id {
         if rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())? < bytes.len() {
             return Err(Errno::AGAIN);
         }
-        Ok(Self(format!("{:032x}", u128::from_ne_bytes(bytes))))
+        Ok(Self(format!("{:032x}", u128::from_ne_bytes(bytes)).into()))
     }
 
     /// The number that a text is. It is printed, and a disk may come from anywhere.
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
         let is_one = text.len() == LENGTH && text.iter().all(u8::is_ascii_hexdigit);
-        String::from_utf8(text.to_vec()).ok().filter(|_| is_one).map(Self)
+        str::from_utf8(text).ok().filter(|_| is_one).map(|text| Self(text.into()))
     }
 
     pub(crate) fn as_str(&self) -> &str {

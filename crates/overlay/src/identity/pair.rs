@@ -1,4 +1,8 @@
 //! Whether an upper layer and a state dir belong together, and how they are made to tell so.
+//!
+//! The state dir has the upper layer's mark as well: with another upper layer, its database would name paths that are not there,
+//! and what is in the upper layer of another database is nobody's, which a garbage collection deletes. That is seen without any
+//! record: a store may have got another name, or another upper layer for a while.
 
 use std::os::fd::{AsFd, BorrowedFd};
 

@@ -1,5 +1,7 @@
 //! Which upper layer goes with which database, and whose they are.
 
+use std::slice;
+
 use layered_stores_model::StoreName;
 use layered_stores_overlay::identity::{ATTRIBUTE, Id, Mark, Marks, UPPER_ATTRIBUTE, require};
 use rustix::{
@@ -198,14 +200,14 @@ fn what_another_store_has_is_not_taken_without_a_record_either() {
     let mark = marks.upper.expect("on record");
     let elsewhere = |tail: &str| store.root.path().join(tail).to_str().expect("text").parse().expect("valid");
     let missing = Mark { path: elsewhere("missing"), ..mark.clone() };
-    let refused = store.prepare_beside(&[missing.clone()]);
+    let refused = store.prepare_beside(slice::from_ref(&missing));
     assert!(matches!(&refused, Err(LayersError::OfOther { other, .. }) if *other == name("other")), "{refused:?}");
     fs::create_dir(missing.path.as_path()).expect("made");
     assert!(
-        matches!(store.prepare_beside(&[missing.clone()]), Err(LayersError::OfOther { .. })),
+        matches!(store.prepare_beside(slice::from_ref(&missing)), Err(LayersError::OfOther { .. })),
         "another one is in its place"
     );
-    store.prepare_beside(&[mark.clone()]).expect("the other store is declared elsewhere by now");
+    store.prepare_beside(slice::from_ref(&mark)).expect("the other store is declared elsewhere by now");
     assert_eq!(attribute(store.upper_dir(), ATTRIBUTE), mark.id.map(|id| id.to_string()), "it is no copy");
 }
 
@@ -219,7 +221,7 @@ fn a_filesystem_that_is_mounted_at_two_places_has_one_store() {
     let upper = twice.join("stores/t/upper");
     let mark = store.prepare().expect("prepared").upper.expect("marked");
     let mark = Mark { path: upper.to_str().expect("text").parse().expect("valid"), ..mark };
-    let refused = store.prepare_beside(&[mark.clone()]);
+    let refused = store.prepare_beside(slice::from_ref(&mark));
     assert!(matches!(refused, Err(LayersError::OfOther { .. })), "{refused:?}");
     rustix::mount::unmount(&twice, UnmountFlags::empty()).expect("unmounted");
 }
