@@ -311,8 +311,8 @@ with subtest("Killed while it removes what is in a store"):
         f"{nothing_there}\nsystemctl start layered-storesd",
     )
     old = f"{UPPER}/{'0' * 32}-old"
-    database = "/srv/ci/root/nix/var/nix/db-of-old"
-    filled = f"mkdir -p {old}/a/b; touch {old}/file {old}/a/b/file {database}"
+    database = "/srv/ci/root/nix/var/nix/db/db.sqlite"
+    filled = f"mkdir -p {old}/a/b $(dirname {database}); touch {old}/file {old}/a/b/file {database}"
     remove = f"""busctl --auto-start=no call {STORE} Stop && busctl --auto-start=no call \
         org.layeredstores1 /org/layeredstores1 org.layeredstores1.Manager RemoveData s ci"""
     # It is all there, or none of it, or the store is not up and says what to do.
