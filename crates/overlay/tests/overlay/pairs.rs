@@ -2,7 +2,7 @@
 
 use std::slice;
 
-use layered_stores_model::StoreName;
+use layered_stores_model::{StoreName, fixture};
 use layered_stores_overlay::identity::{ATTRIBUTE, Id, Mark, Marks, UPPER_ATTRIBUTE, require};
 use rustix::{
     fs::{CWD, FileType, Mode, XattrFlags},
@@ -48,7 +48,8 @@ impl Store {
 
     /// Gives it another root, with a database that Nix has made there.
     fn reroot(&mut self, root: &str) {
-        self.spec.root = self.root.path().join(root).to_str().expect("text").parse().expect("valid");
+        let root = self.root.path().join(root).to_str().expect("text").parse().expect("valid");
+        self.spec = fixture::with(&self.spec, |terms| terms.root = root);
         self.spec.state_dir = self.spec.root.join("nix/var/nix").expect("short");
         self.spec.layers.merged = self.spec.root.join("nix/store").expect("short");
     }

@@ -57,7 +57,8 @@ fn a_database_that_was_never_the_stores_is_not_removed_with_it() {
     let (mut store, marks) = Store::used();
     let upper_id = attribute(store.spec.layers.upper.as_path(), ATTRIBUTE).expect("marked");
     let foreign = store.root.path().join("chroot");
-    store.spec.root = foreign.to_str().expect("text").parse().expect("valid");
+    let root = foreign.to_str().expect("text").parse().expect("valid");
+    store.spec = fixture::with(&store.spec, |terms| terms.root = root);
     store.spec.state_dir = store.spec.root.join("nix/var/nix").expect("short");
     store.spec.layers.merged = store.spec.root.join("nix/store").expect("short");
     store.make_database();
