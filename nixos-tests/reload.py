@@ -339,9 +339,14 @@ with subtest("A store without autostart is declared, and started by hand"):
     t.assertEqual(states()["by-hand"], "active")
 
 with subtest("What was started or stopped by hand stays so when the daemon is started again"):
-    for restart in ("systemctl restart layered-storesd", "systemctl kill --signal=KILL --wait layered-storesd"):
+    for restart in (
+        "systemctl restart layered-storesd",
+        "systemctl kill --signal=KILL --wait layered-storesd",
+    ):
         machine.succeed(restart)
-        machine.wait_until_succeeds("systemctl is-active --quiet layered-storesd && layered-stores list")
+        machine.wait_until_succeeds(
+            "systemctl is-active --quiet layered-storesd && layered-stores list"
+        )
         machine.wait_until_succeeds("layered-stores list | grep 'by-hand *active'")
     machine.succeed("layered-stores stop by-hand new-3", "systemctl restart layered-storesd")
     for name in ("by-hand", "new-3"):
