@@ -258,6 +258,11 @@ arguments = [float(argument) for argument in sys.argv[2:3]]
 
 machine.wait_for_unit(SERVICE)
 machine.succeed("mkdir -p /srv/base/nix/store", "layered-stores start ci hers")
+# As if Nix had used it: an upper layer with something in it does not come up without a database.
+machine.succeed(
+    "install -d -o alice /srv/hers/root/nix/var/nix/db",
+    "install -o alice /dev/null /srv/hers/root/nix/var/nix/db/db.sqlite",
+)
 machine.succeed(f"install -m 755 /dev/stdin /srv/client.py << 'END'\n{CLIENT}\nEND")
 
 

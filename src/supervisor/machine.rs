@@ -150,6 +150,10 @@ pub(super) trait Machine: Debug + Send + Sync {
     /// What earlier runs have left, of stores that are `declared` and of others.
     fn recall(&self, declared: Vec<StoreSpec>) -> Later<'static, Result<Known, RecordError>>;
 
+    /// The stores that somebody has asked to be up, or down, since the boot. Unlike [what else was left](Self::recall) it is there
+    /// at once.
+    fn asked(&self) -> HashMap<StoreName, bool>;
+
     /// Keeps whether somebody has asked for a store to be up, or down, for the daemons until the next boot; `None`: it is to be as
     /// declared.
     fn keep_asked(&self, name: &StoreName, up: Option<bool>);

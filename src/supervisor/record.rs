@@ -86,8 +86,6 @@ struct Note {
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) stores: Vec<Arc<StoreSpec>>,
-    /// Stores that somebody has started or stopped by hand since the boot: whether they are to be up.
-    pub(super) asked: HashMap<StoreName, bool>,
     /// Those of which nothing is known but that there is a record, and that they are declared no more.
     pub(super) unreadable: Vec<String>,
 }
@@ -109,7 +107,7 @@ impl Records {
         let (records, unreadable) = self.read(declared)?;
         let stores = records.values().map(|record| Arc::clone(&record.spec)).collect();
         *self.on_disk() = Some(records);
-        Ok(Known { stores, asked: self.asked(), unreadable })
+        Ok(Known { stores, unreadable })
     }
 
     fn read(&self, declared: &[StoreSpec]) -> Result<(HashMap<StoreName, Record>, Vec<String>), RecordError> {

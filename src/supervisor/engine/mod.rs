@@ -157,7 +157,7 @@ impl Engine {
             engine.add(spec, false);
         }
         engine.apply(config);
-        engine.were_asked(&known.asked);
+        engine.were_asked();
         for (name, old) in engine.machine.swapped_out() {
             let spec = engine.entries.get(&name).map(|entry| Arc::clone(&entry.spec));
             engine.retirements.take_over(name, old, spec);

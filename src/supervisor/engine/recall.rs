@@ -3,7 +3,7 @@
 //! Stores that are mounted are taken over without them, and nothing is started: what is known of a store may say that it is
 //! mounted elsewhere.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use layered_stores_model::StoreName;
 use tokio::time::Instant;
@@ -26,12 +26,12 @@ impl Engine {
     }
 
     /// Has stores be as somebody has asked earlier daemons.
-    pub(super) fn were_asked(&mut self, asked: &HashMap<StoreName, bool>) {
-        for (name, up) in asked {
-            match self.entries.get_mut(name) {
-                Some(entry) => entry.was_asked(*up),
+    pub(super) fn were_asked(&mut self) {
+        for (name, up) in self.machine.asked() {
+            match self.entries.get_mut(&name) {
+                Some(entry) => entry.was_asked(up),
                 // It was taken out of the configuration, and wound down.
-                None => self.machine.keep_asked(name, None),
+                None => self.machine.keep_asked(&name, None),
             }
         }
     }
@@ -54,7 +54,6 @@ impl Engine {
                 self.register(&self.entries[&name]);
             }
         }
-        self.were_asked(&known.asked);
         for entry in self.entries.values_mut() {
             if matches!(entry.phase, Phase::Failed { .. }) {
                 entry.try_again();

@@ -174,6 +174,10 @@ impl Machine for Host {
         blocking(move || records.known(&declared))
     }
 
+    fn asked(&self) -> HashMap<StoreName, bool> {
+        self.tools.records.asked()
+    }
+
     fn keep_asked(&self, name: &StoreName, up: Option<bool>) {
         self.tools.records.keep_asked(name, up);
     }

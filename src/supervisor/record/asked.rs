@@ -43,7 +43,7 @@ impl Records {
     }
 
     /// All that was kept since the boot.
-    pub(super) fn asked(&self) -> HashMap<StoreName, bool> {
+    pub(in crate::supervisor) fn asked(&self) -> HashMap<StoreName, bool> {
         let entries = fs::read_dir(&self.runtime).into_iter().flatten().flatten();
         let read = |entry: fs::DirEntry| {
             let name = entry.file_name().to_str()?.strip_suffix(ENDING)?.parse().ok()?;

@@ -147,10 +147,13 @@ impl Machine for Simulated {
         Box::pin(async move {
             tokio::time::sleep(world.pause()).await;
             let stores = world.lock().stores.values().filter_map(|store| store.record.clone()).collect();
-            let asked = |(name, store): (&StoreName, &Store)| Some((name.clone(), store.asked?));
-            let asked = world.lock().stores.iter().filter_map(asked).collect();
-            Ok(Known { stores, asked, unreadable: Vec::new() })
+            Ok(Known { stores, unreadable: Vec::new() })
         })
+    }
+
+    fn asked(&self) -> HashMap<StoreName, bool> {
+        let asked = |(name, store): (&StoreName, &Store)| Some((name.clone(), store.asked?));
+        self.0.lock().stores.iter().filter_map(asked).collect()
     }
 
     fn keep_asked(&self, name: &StoreName, up: Option<bool>) {
