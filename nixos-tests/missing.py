@@ -384,6 +384,7 @@ with subtest("And if its filesystem is missing just then, that is known as well"
     machine.succeed("layered-stores stop fast", "systemctl stop layered-storesd")
     forget_marks()
     machine.succeed(f"umount {DISK}", "systemctl start layered-storesd")
+    machine.fail("layered-stores start fast")
     missing("fast", UPPER)
     nothing_made()
     plug("other", DISK)

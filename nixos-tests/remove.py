@@ -329,10 +329,10 @@ with subtest("Killed in the middle, it does not come up until it is removed to t
         machine.succeed(f"{remove('own')} || true")
     else:
         raise AssertionError("it was never killed in the middle")
-    machine.wait_until_succeeds(
-        "(layered-stores status own || true) | grep remove-data", timeout=60
-    )
+    # It was stopped, and stays so until somebody starts it.
+    machine.wait_until_succeeds("layered-stores list", timeout=60)
     machine.fail("layered-stores start own")
+    machine.succeed("(layered-stores status own || true) | grep remove-data")
     machine.fail(f"test -e {OWN}/root/nix/var/nix/db-of-old")
     # It is tried again every few seconds.
     retry(lambda _last: status("own")["state"] == "failed", 60)
