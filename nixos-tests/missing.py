@@ -425,7 +425,7 @@ with subtest("The whole state directory is on a disk that is taken away"):
     )
     plug("state", STATE)
     machine.succeed(f"cp -a /srv/state/. {STATE}/", f"rm -f {NOTES}/scratch.upper.json")
-    machine.succeed("systemctl start layered-storesd")
+    machine.succeed("systemctl start layered-storesd", "layered-stores start kept scratch")
     well("kept", kept)
     unplug(STATE)
     missing("kept", f"{STATE}/stores/kept/upper")

@@ -268,6 +268,8 @@ with subtest("What is mounted over a store during a refresh stays, and the store
 with subtest("What takes the place of a store or its layers while it is started is seen"):
     machine.succeed(
         "systemctl stop holder; layered-stores stop ci; systemctl stop layered-storesd",
+        # As at a boot, which forgets what was stopped.
+        "rm /run/layered-stores/ci.asked.json",
         "echo 'SLOW=-e trace=move_mount -e inject=move_mount:delay_enter=4000000:when=1' "
         ">/run/slow",
         "systemctl start --no-block slow",
@@ -289,7 +291,7 @@ with subtest("What takes the place of a store or its layers while it is started 
     assert mounts("ci") == ["overlay"], mounts("ci")
     # A directory that is replaced after it was looked at, here by a mistake of root's.
     machine.succeed(
-        "layered-stores stop ci; systemctl stop slow",
+        "layered-stores stop ci; systemctl stop slow; rm /run/layered-stores/ci.asked.json",
         "echo 'SLOW=-e trace=fsopen -e inject=fsopen:delay_enter=4000000:when=1' >/run/slow",
         "systemctl start --no-block slow",
     )
