@@ -22,7 +22,8 @@ use tokio::{
 use world::{NAMES, STATE_DIR, World};
 
 use super::{
-    Asker, Caller, Command, Engine, Error, Event as News, Handle, JobCommand, JobNews, State, Status, entry::Reply,
+    Asker, Caller, Command, Engine, Error, Event as News, Handle, JobCommand, JobNews, Problem, State, Status,
+    entry::Reply,
 };
 use crate::systemd::SocketState;
 
@@ -86,6 +87,11 @@ fn name(number: usize) -> StoreName {
     NAMES[number].parse().expect("valid")
 }
 
+/// Whether a store is said to have a problem.
+fn has(status: &Status, problem: Problem) -> bool {
+    status.problems.iter().any(|(is, _)| *is == problem)
+}
+
 /// The text of a configuration.
 fn configuration(declared: &[Declared; 3]) -> String {
     let mut text = String::new();
@@ -98,8 +104,7 @@ fn configuration(declared: &[Declared; 3]) -> String {
             text.push_str("mount-options = [\"noatime\"]\n");
         }
         if store.daemon {
-            text.push_str("[stores.");
-            let _ = writeln!(text, "{}.daemon]", NAMES[number]);
+            let _ = writeln!(text, "[stores.{}.daemon]", NAMES[number]);
         }
     }
     text
@@ -351,7 +356,7 @@ impl Play {
                 State::Failed => {}
                 State::Activating | State::Deactivating => wrong.push("it is not at rest"),
             }
-            let is_busy = status.problems.iter().any(|(problem, _)| *problem == super::Problem::Busy);
+            let is_busy = has(&status, Problem::Busy);
             match declared {
                 Some(spec) if is_mounted && store.unit && *status.spec != spec && !is_busy => {
                     wrong.push("it is not as declared");
@@ -360,8 +365,7 @@ impl Play {
                 _ => {}
             }
             wrong.extend(store.busy_with.is_some().then_some("something is being done about it"));
-            let stuck = status.problems.iter().any(|(problem, _)| *problem == super::Problem::Stuck);
-            wrong.extend(stuck.then_some("it is said to be stuck"));
+            wrong.extend(has(&status, Problem::Stuck).then_some("it is said to be stuck"));
             drop(world);
             for wrong in wrong {
                 let problems = &status.problems;
@@ -401,8 +405,7 @@ impl Play {
             let (can_swap, store) = (world.can_swap, world.store(&name));
             let is_right = store.stale.is_empty() && !store.behind || !can_swap;
             let text = format!("{name} is {} ({}) after all: {store:?}", status.state, status.state_reason);
-            let is_theirs = status.problems.iter().any(|(problem, _)| *problem == super::Problem::NotOurs);
-            if (status.state != State::Active && !is_theirs) || !is_right {
+            if (status.state != State::Active && !has(&status, Problem::NotOurs)) || !is_right {
                 world.violations.push(text);
             }
         }

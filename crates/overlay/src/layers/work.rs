@@ -1,6 +1,6 @@
 //! What may be in a work dir, which the kernel empties and so does whoever removes a store's data.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use layered_stores_model::AbsolutePath;
 use rustix::{
@@ -29,7 +29,7 @@ pub(crate) fn refuse_strange_work(work: BorrowedFd<'_>, path: &AbsolutePath) -> 
     strange.map_or(Ok(()), |example| Err(LayersError::WorkNotEmpty { path: path.clone(), example }))
 }
 
-fn kernels_own(work: BorrowedFd<'_>) -> Result<Option<std::os::fd::OwnedFd>, Errno> {
+fn kernels_own(work: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     match rustix::fs::openat2(work, KERNELS[0], flags, Mode::empty(), resolve) {
@@ -39,7 +39,7 @@ fn kernels_own(work: BorrowedFd<'_>) -> Result<Option<std::os::fd::OwnedFd>, Err
     }
 }
 
-fn strange_in(dir: impl std::os::fd::AsFd, is_known: impl Fn(&[u8]) -> bool) -> Result<Option<String>, Errno> {
+fn strange_in(dir: impl AsFd, is_known: impl Fn(&[u8]) -> bool) -> Result<Option<String>, Errno> {
     for entry in Dir::read_from(readable(dir.as_fd())?)? {
         let entry = entry?;
         let name = entry.file_name().to_bytes();
