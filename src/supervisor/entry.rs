@@ -25,7 +25,7 @@ use super::{
     Error,
     machine::{Follow, Guard},
     operation::Up,
-    plan::{Failure, Phase, Want},
+    plan::{Failure, Phase, Want, stack::Doing},
     room::Rooms,
     status::{Problem, State, Status, StatusCell},
     threads::DEADLINE,
@@ -209,11 +209,6 @@ impl Entry {
         self.serving.at_once();
     }
 
-    /// Schedules another try of what just failed.
-    pub(super) fn retry_later(&mut self, now: Instant) {
-        self.retries.later(now);
-    }
-
     /// Notes that it is up.
     pub(super) fn up(&mut self) {
         self.phase = Phase::Active;
@@ -345,6 +340,15 @@ impl Entry {
         let is_mounted = matches!(self.mount, MountState::Mounted { .. });
         if let Some(next) = self.next.take_if(|next| is_mounted && next.layers.are_at(&self.spec.layers)) {
             self.spec = next;
+        }
+    }
+
+    /// What is being done about it, as far as that matters to its neighbours.
+    pub(super) fn doing(&self) -> Doing {
+        match self.op {
+            None => Doing::Nothing,
+            Some(Op::Stop | Op::Release) => Doing::TakingDown,
+            Some(_) => Doing::SomethingElse,
         }
     }
 

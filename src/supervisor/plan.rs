@@ -3,6 +3,9 @@
 //! Nothing is remembered between two calls but what is in [`View`], so a daemon that was killed and started again comes to
 //! the same answers as one that was not.
 
+pub(super) mod refresh;
+pub(super) mod stack;
+
 use layered_stores_overlay::mountinfo::{Cover, MountState};
 
 /// What is wanted of a store.

@@ -94,7 +94,7 @@ impl Engine {
     }
 
     pub(super) fn command_stop(&mut self, name: &StoreName, reply: Reply) {
-        let carried = self.on_top_of(name);
+        let carried: Vec<_> = self.on_top_of(name).map(|entry| entry.spec.name.to_string()).collect();
         let Some(entry) = self.entries.get_mut(name) else { return no_such_store(name, reply) };
         if let Some(stuck) = &entry.stuck {
             let _ = reply.send(Err(Error::Stuck(name.clone(), stuck.clone())));
@@ -103,19 +103,14 @@ impl Engine {
             entry.waiting.stopping.push(reply);
             self.reconcile();
         } else {
-            let carried = carried.iter().map(ToString::to_string).collect();
             let _ = reply.send(Err(Error::LowerOf(name.clone(), carried)));
         }
     }
 
     /// The stores that lie on a store and are mounted or on their way up.
-    pub(super) fn on_top_of(&self, name: &StoreName) -> Vec<StoreName> {
-        self.entries
-            .values()
-            .filter(|entry| entry.spec.lower_name() == Some(name))
-            .filter(|entry| entry.mount != MountState::Absent || entry.op.is_some())
-            .map(|entry| entry.spec.name.clone())
-            .collect()
+    pub(super) fn on_top_of(&self, name: &StoreName) -> impl Iterator<Item = &Entry> {
+        let is_on_top = move |entry: &&Entry| entry.spec.lower_name() == Some(name);
+        self.entries.values().filter(is_on_top).filter(|entry| entry.mount != MountState::Absent || entry.op.is_some())
     }
 
     pub(super) fn loaded(&mut self, loaded: Result<Result<Config, config::ConfigError>, tokio::task::JoinError>) {

@@ -82,7 +82,7 @@ impl Engine {
         match done {
             Done::Up(Err(error)) => {
                 entry.fail(error.problem(), error.to_string());
-                entry.retry_later(now);
+                entry.retries.later(now);
                 let failed = Err(Error::StartFailed(name.clone(), error.to_string()));
                 answer(std::mem::take(&mut entry.waiting.starting), &failed);
             }
@@ -98,7 +98,7 @@ impl Engine {
             }
             Done::SwapFinished(Err(error)) => {
                 entry.fail(Problem::RefreshFailed, error.to_string());
-                entry.retry_later(now);
+                entry.retries.later(now);
             }
             Done::Released(result, why) => self.is_released(name, result, why),
             Done::Refreshed(result, old) => {
@@ -170,7 +170,7 @@ impl Engine {
             entry.want(Want::Up);
         } else {
             entry.fail_at_what_is_seen();
-            entry.retry_later(Instant::now());
+            entry.retries.later(Instant::now());
             entry.problem(Problem::Busy, format!("it should be down and stays mounted: {why}; it is tried again"));
         }
         answer(asked, &Err(Error::Busy(name.clone(), why.to_owned())));

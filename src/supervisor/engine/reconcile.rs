@@ -15,7 +15,10 @@ use crate::supervisor::{
     Error,
     entry::{Entry, Op, answer},
     machine::{Begun, Machine},
-    plan::{Carries, Lower, Phase, Step, View, Want, plan},
+    plan::{
+        Carries, Lower, Phase, Step, View, Want, plan,
+        stack::{self, OnTop, Underneath},
+    },
     status::Problem,
 };
 
@@ -97,7 +100,7 @@ impl Engine {
             };
             let reason = format!("it was mounted, but the mount table shows {shown}");
             entry.fail(Problem::StartFailed, reason);
-            entry.retry_later(now);
+            entry.retries.later(now);
         }
         for (name, up, adopted) in confirmed {
             self.is_up(&name, up, adopted);
@@ -180,7 +183,7 @@ impl Engine {
                 false
             }
             Step::Refuse => {
-                let above: Vec<_> = self.on_top_of(name).iter().map(ToString::to_string).collect();
+                let above: Vec<_> = self.on_top_of(name).map(|entry| entry.spec.name.to_string()).collect();
                 self.is_busy(name, &format!("it is the lower store of {}, which stays mounted", above.join(" and ")));
                 true
             }
@@ -246,40 +249,32 @@ impl Engine {
             .any(|other| other.spec.name != entry.spec.name && other.spec.shares_directories_with(&entry.spec))
     }
 
-    /// The stores that lie on a store and are mounted, or may be.
+    /// What the stores mean for a store that lie on it and are mounted, or may be.
     fn carries(&self, name: &StoreName) -> Carries {
-        let above = self.on_top_of(name);
-        let is_not_ours = |entry: &Entry| {
-            matches!(entry.mount, MountState::Mounted { .. }) && !self.machine.is_ours(&entry.spec.mount_unit)
-        };
-        // For a store that comes back they make way, and for one that does not they go only if they are to.
-        let comes_back = self.entries.get(name).is_some_and(|entry| entry.want == Want::Up);
-        let stays = |name: &StoreName| {
-            let entry = self.entries.get(name).filter(|entry| entry.op.is_none());
-            let is_to_stay = |entry: &Entry| !comes_back && entry.want == Want::Up && entry.next.is_none();
-            entry.is_some_and(|entry| entry.is_given_up() || is_not_ours(entry) || is_to_stay(entry))
-        };
-        match &above[..] {
-            [] => Carries::Nothing,
-            above if above.iter().any(stays) => Carries::Staying,
-            _ => Carries::Leaving,
-        }
+        let Some(below) = self.entries.get(name) else { return Carries::Nothing };
+        let is_mounted = |entry: &Entry| matches!(entry.mount, MountState::Mounted { .. });
+        let above = self.on_top_of(name).map(|entry| OnTop {
+            want: entry.want,
+            respecify: entry.next.is_some(),
+            is_given_up: entry.is_given_up(),
+            is_not_ours: is_mounted(entry) && !self.machine.is_ours(&entry.spec.mount_unit),
+            doing: entry.doing(),
+        });
+        stack::carries(below.want, above)
     }
 
+    /// What a store is for those that lie on it.
     pub(super) fn lower_state(&self, lower: &StoreName) -> Lower {
-        match self.entries.get(lower) {
-            // As long as it hangs, is in use, or is not the daemon's to take down, nobody knows how long it will be.
-            Some(entry) if entry.next.is_some() && (entry.stuck.is_some() || entry.cannot_go()) => Lower::Unavailable,
-            Some(entry) if entry.next.is_some() => Lower::Leaving,
-            Some(entry) if entry.want != Want::Up => Lower::Unavailable,
-            // On its way down it would be gone from beneath what was begun on it.
-            Some(entry) if entry.phase == Phase::Active && !matches!(entry.op, Some(Op::Stop | Op::Release)) => {
-                Lower::Ready
-            }
-            Some(entry) if entry.stuck.is_none() && entry.is_coming_up() => Lower::Pending,
-            Some(entry) if entry.op.is_some() && entry.stuck.is_none() => Lower::Pending,
-            _ => Lower::Unavailable,
-        }
+        let Some(entry) = self.entries.get(lower) else { return Lower::Unavailable };
+        stack::lower(&Underneath {
+            want: entry.want,
+            respecify: entry.next.is_some(),
+            is_active: entry.phase == Phase::Active,
+            is_coming_up: entry.is_coming_up(),
+            cannot_go: entry.cannot_go(),
+            is_stuck: entry.stuck.is_some(),
+            doing: entry.doing(),
+        })
     }
 
     /// Answers those who wait for a store to come to rest.

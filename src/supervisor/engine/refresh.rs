@@ -9,10 +9,13 @@ use tokio::time::Instant;
 use super::{Engine, done::Done};
 use crate::supervisor::{
     Error,
-    entry::{Entry, LEFT, Op, SWAPS_APART, answer},
+    entry::{Entry, LEFT, Op, Reply, SWAPS_APART, answer},
     machine::{Refreshing, SwappedOut},
     operation::OperationError,
-    plan::Phase,
+    plan::{
+        Phase,
+        refresh::{Asking, Swaps, Turn, Verdict, how_far, verdict},
+    },
     status::Problem,
 };
 
@@ -64,17 +67,23 @@ impl Engine {
         // What was changed before the command came is in the queue by now, and counts.
         self.drain_watches_of(name);
         let now = Instant::now();
-        let full = self.unasked_from(now) > now;
+        let has_room = self.unasked_from(now) <= now;
         let Some(entry) = self.entries.get_mut(name) else { return };
         if entry.op.is_some() || entry.passed_over || entry.phase != Phase::Active {
             return;
         }
-        let waited_for = !entry.waiting.remounting.is_empty();
-        entry.refreshes.asked_at = entry.refreshes.asked.next(now).filter(|_| waited_for && !entry.waiting.root_asks);
-        let asked = waited_for && entry.refreshes.asked_at.is_none();
-        if !asked && full {
+        let (turn, asked_at) = Asking {
+            is_waited_for: !entry.waiting.remounting.is_empty(),
+            root_asks: entry.waiting.root_asks,
+            next: entry.refreshes.asked.next(now),
+            has_room,
+        }
+        .turn();
+        entry.refreshes.asked_at = asked_at;
+        if turn == Turn::Nobody {
             return;
         }
+        let asked = turn == Turn::Asked;
         let Some(mut aim) = entry.refreshes.owed.take(now, asked) else { return };
         if !asked && entry.waiting.queueing.is_empty() {
             entry.refreshes.owed.leave_lost(&mut aim);
@@ -86,15 +95,14 @@ impl Engine {
             self.begin(name, Op::Refresh, |machine, spec| machine.glance(spec, aim, mounted), Done::Glanced);
             return;
         }
-        let is_free = || entry.refreshes.swaps.next(now).is_none() && self.machine.left(name) < LEFT;
-        let may_swap = (asked && entry.waiting.root_asks) || aim.from == Rung::Swap || is_free();
-        let to = if may_swap { Rung::Swap } else { Rung::Reconfigure };
+        let swaps = || Swaps { next: entry.refreshes.swaps.next(now), are_held: self.machine.left(name) >= LEFT };
+        let to = how_far(aim.from, asked && entry.waiting.root_asks, swaps);
         if asked {
             entry.refreshes.asked.count(now);
             entry.waiting.root_asks = false;
             entry.waiting.refreshing.append(&mut entry.waiting.remounting);
         }
-        if may_swap {
+        if to == Rung::Swap {
             entry.waiting.refreshing.append(&mut entry.waiting.queueing);
         }
         aim.whole &= !entry.refreshes.owed.has_left_lost();
@@ -118,72 +126,45 @@ impl Engine {
     pub(super) fn is_refreshed(&mut self, name: &StoreName, mut report: Report) {
         self.drain_watches_of(name);
         let now = Instant::now();
+        let (can_swap, are_held) = (self.machine.can_swap(), || self.machine.left(name) >= LEFT);
         let Some(entry) = self.entries.get_mut(name) else { return };
         let unasked = entry.refreshes.unasked.take();
         entry.mounted = report.mount;
         let Some(mut aim) = entry.refreshes.aim.take() else { return };
+        let has_swapped = report.outcome == Outcome::Swapped;
+        let owed = &mut entry.refreshes.owed;
         if let Some(since) = unasked.filter(|_| aim.changes.unknown) {
-            entry.refreshes.owed.looked_at_all(since, now);
+            owed.looked_at_all(since, now);
         }
-        if report.outcome == Outcome::Swapped {
-            entry.refreshes.owed.is_fresh();
-        } else if !report.lost && self.machine.can_swap() {
-            entry.refreshes.owed.leave_lost(&mut aim);
+        if has_swapped {
+            owed.is_fresh();
+        } else if !report.lost && can_swap {
+            owed.leave_lost(&mut aim);
         }
-        let on_record = aim.whole && report.is_right() && !entry.refreshes.owed.has_left_lost();
+        let on_record = aim.whole && report.is_right() && !owed.has_left_lost();
         // What has changed again since then is the next one's. A fresh view is wrong of nothing else.
-        let is_fresh = report.outcome == Outcome::Swapped && entry.refreshes.owed.has_seen_anything();
-        report.still_stale.retain(|stale| !is_fresh && !entry.refreshes.owed.has_seen(&stale.name));
+        let is_fresh = has_swapped && owed.has_seen_anything();
+        report.still_stale.retain(|stale| !is_fresh && !owed.has_seen(&stale.name));
+        let is_right = report.is_right();
+        let may_swap_help = !has_swapped && can_swap;
         // Whoever waits is answered before anything is logged or published: it is Nix that waits.
-        let mut asked = std::mem::take(&mut entry.waiting.refreshing);
-        if report.is_right() {
-            answer(asked, &Ok(()));
-            entry.refreshes.owed.is_right();
-            entry.clear(&[Problem::RefreshFailed]);
-            if on_record {
-                entry.refreshes.fingerprint = Some(report.fingerprint);
-                entry.whereabouts.lower_is_right();
+        let waiting = std::mem::take(&mut entry.waiting.refreshing);
+        entry.clear(&[Problem::RefreshFailed]);
+        match verdict(is_right, may_swap_help, !is_right && are_held()) {
+            Verdict::Right => {
+                answer(waiting, &Ok(()));
+                entry.refreshes.owed.is_right();
+                if on_record {
+                    entry.refreshes.fingerprint = Some(report.fingerprint);
+                    entry.whereabouts.lower_is_right();
+                }
+                if aim.whole {
+                    entry.clear(&[Problem::Stale]);
+                }
             }
-            if aim.whole {
-                entry.clear(&[Problem::Stale]);
-            }
-        } else {
-            let names = report.still_stale.iter().map(|stale| stale.name.clone()).collect();
-            let stale = Changes { names, unknown: report.lost, taken: report.lost };
-            entry.clear(&[Problem::RefreshFailed]);
-            if report.outcome == Outcome::Swapped || !self.machine.can_swap() {
-                let named: Vec<_> = report.still_stale.iter().take(NAMED_STALE).map(ToString::to_string).collect();
-                let after = if report.outcome == Outcome::Swapped {
-                    "even after a swap"
-                } else {
-                    "used by a process until whose end, before Linux 6.5, nothing cures them"
-                };
-                let message = format!("{} of its paths, {after}: {}", report.still_stale.len(), named.join("; "));
-                let pause = entry.refreshes.owed.put_off(stale, now);
-                answer(asked, &Err(Error::Stale(name.clone(), message.clone())));
-                entry.problem(Problem::Stale, format!("{message}; it is tried again after {} s", pause.as_secs()));
-            } else if self.machine.left(name) >= LEFT {
-                let pause = entry.refreshes.owed.put_off(stale, now).as_secs();
-                answer(
-                    asked.into_iter().chain(std::mem::take(&mut entry.waiting.queueing)),
-                    &Err(Error::Held(name.clone(), LEFT)),
-                );
-                let message = format!(
-                    "some of its paths; only a swap helps, and {LEFT} superblocks that swaps have left are held open by \
-                     processes: end those that have files of it open for long; it is tried again after {pause} s"
-                );
-                entry.problem(Problem::Stale, message);
-            } else {
-                // Nobody is refused for this: the wait is shorter than the hook's patience, and one swap is for all who wait.
-                entry.waiting.queueing.append(&mut asked);
-                let turn = entry.refreshes.swaps.next(now).unwrap_or(now);
-                entry.refreshes.owed.demand(stale, Rung::Reconfigure, turn);
-                let apart = SWAPS_APART.as_secs();
-                // Without the names: they may be others each time, and each time would be a line of the journal.
-                let message =
-                    format!("some of its paths; only a swap helps, and after many the next comes within {apart} s");
-                entry.problem(Problem::Stale, message);
-            }
+            Verdict::Stale => stays_stale(entry, waiting, &report, now),
+            Verdict::Held => is_held_open(entry, waiting, &report, now),
+            Verdict::Queue => waits_for_a_swap(entry, waiting, &report, now),
         }
         let (how, above) = match report.outcome {
             Outcome::Current => return,
@@ -252,4 +233,48 @@ impl Engine {
         let (name, begun) = (name.clone(), self.machine.other_owner(&entry.spec));
         self.operations.spawn(async move { (name, Done::OwnerSeen(begun.result.await)) });
     }
+}
+
+/// What is to be looked at again.
+fn still_stale(report: &Report) -> Changes {
+    let names = report.still_stale.iter().map(|stale| stale.name.clone()).collect();
+    Changes { names, unknown: report.lost, taken: report.lost }
+}
+
+/// All was done that can be.
+fn stays_stale(entry: &mut Entry, waiting: Vec<Reply>, report: &Report, now: Instant) {
+    let named: Vec<_> = report.still_stale.iter().take(NAMED_STALE).map(ToString::to_string).collect();
+    let after = if report.outcome == Outcome::Swapped {
+        "even after a swap"
+    } else {
+        "used by a process until whose end, before Linux 6.5, nothing cures them"
+    };
+    let message = format!("{} of its paths, {after}: {}", report.still_stale.len(), named.join("; "));
+    answer(waiting, &Err(Error::Stale(entry.spec.name.clone(), message.clone())));
+    let pause = entry.refreshes.owed.put_off(still_stale(report), now).as_secs();
+    entry.problem(Problem::Stale, format!("{message}; it is tried again after {pause} s"));
+}
+
+/// Only a swap would help, and processes hold too many superblocks already.
+fn is_held_open(entry: &mut Entry, waiting: Vec<Reply>, report: &Report, now: Instant) {
+    let waiting = waiting.into_iter().chain(std::mem::take(&mut entry.waiting.queueing));
+    answer(waiting, &Err(Error::Held(entry.spec.name.clone(), LEFT)));
+    let pause = entry.refreshes.owed.put_off(still_stale(report), now).as_secs();
+    let message = format!(
+        "some of its paths; only a swap helps, and {LEFT} superblocks that swaps have left are held open by processes: end \
+         those that have files of it open for long; it is tried again after {pause} s"
+    );
+    entry.problem(Problem::Stale, message);
+}
+
+/// Only a swap helps, for which it is not the turn. Nobody is refused for this: the wait is shorter than the hook's patience, and
+/// one swap is for all who wait.
+fn waits_for_a_swap(entry: &mut Entry, mut waiting: Vec<Reply>, report: &Report, now: Instant) {
+    entry.waiting.queueing.append(&mut waiting);
+    let turn = entry.refreshes.swaps.next(now).unwrap_or(now);
+    entry.refreshes.owed.demand(still_stale(report), Rung::Reconfigure, turn);
+    let apart = SWAPS_APART.as_secs();
+    // Without the names: they may be others each time, and each time would be a line of the journal.
+    let message = format!("some of its paths; only a swap helps, and after many the next comes within {apart} s");
+    entry.problem(Problem::Stale, message);
 }

@@ -54,9 +54,9 @@ impl Engine {
         if entry.op == Some(Op::Remove) {
             return Ok(());
         }
-        let above = self.on_top_of(name);
+        let above: Vec<_> = self.on_top_of(name).map(|entry| entry.spec.name.to_string()).collect();
         if !above.is_empty() {
-            return Err(Error::LowerOf(name.clone(), above.iter().map(ToString::to_string).collect()));
+            return Err(Error::LowerOf(name.clone(), above));
         }
         if !entry.declared {
             return refuse("it is declared no more, and not taken down yet; see `layered-stores status`".to_owned());

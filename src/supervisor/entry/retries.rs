@@ -59,7 +59,7 @@ impl Retries {
     }
 
     /// Allows it later, after a pause that grows with each failure.
-    pub(super) fn later(&mut self, now: Instant) {
+    pub(in crate::supervisor) fn later(&mut self, now: Instant) {
         let pause = pause_after(self.failures);
         (self.allowed, self.at, self.at_usec) = (false, Some(now + pause), realtime_usec(pause));
         self.failures += 1;
