@@ -71,11 +71,11 @@ impl<'k> Known<'k> {
 
     /// Whether a mark is on record for this store, wherever the directory was then.
     pub(super) fn has(&self, id: &Id) -> bool {
-        self.own
-            .iter()
-            .flat_map(|marks| [&marks.upper, &marks.state])
-            .flatten()
-            .any(|mark| mark.id.as_ref() == Some(id))
+        self.marks().any(|mark| mark.id.as_ref() == Some(id))
+    }
+
+    fn marks(&self) -> impl Iterator<Item = &'k Mark> {
+        self.own.iter().flat_map(|marks| [&marks.upper, &marks.state]).flatten()
     }
 }
 
@@ -84,7 +84,7 @@ impl<'k> Known<'k> {
 pub(super) enum Claim {
     /// That of no other store.
     Nobodys,
-    /// A copy of another store's.
+    /// A copy of another store's, or of one that the store has elsewhere.
     Copy,
     /// Another store's: it is the one, or the one is not where it should be.
     Of(StoreName),
@@ -98,25 +98,28 @@ pub(super) fn claim(
     dir: BorrowedFd<'_>,
     at: Option<&AbsolutePath>,
 ) -> Result<Claim, Errno> {
-    let this = walk::stat(dir)?;
     let mut claim = Claim::Nobodys;
     for (other, mark) in others(id) {
         if at == Some(&mark.path) {
             continue;
         }
-        let there = Walk::new(UPPER).to(&mark.path).ok().filter(|dir| Id::of(dir) == Ok(Some(id.clone())));
-        // A filesystem may be mounted at two places.
-        let is_this = |there: &OwnedFd| {
-            let there = walk::stat(there.as_fd())?;
-            let number = |stat: &rustix::fs::Statx| (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino);
-            Ok::<_, Errno>(number(&there) == number(&this))
-        };
-        match there {
-            Some(there) if !is_this(&there)? => claim = Claim::Copy,
-            _ => return Ok(Claim::Of(other)),
+        if !is_still_there(&mark, id, dir)? {
+            return Ok(Claim::Of(other));
         }
+        claim = Claim::Copy;
     }
     Ok(claim)
+}
+
+/// Whether a directory is where it was with its mark, and another one than `copy`.
+fn is_still_there(mark: &Mark, id: &Id, copy: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let Ok(there) = Walk::new(UPPER).to(&mark.path) else { return Ok(false) };
+    if Id::of(&there) != Ok(Some(id.clone())) {
+        return Ok(false);
+    }
+    // A filesystem may be mounted at two places.
+    let number = |dir| walk::stat(dir).map(|stat| (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino));
+    Ok(number(there.as_fd())? != number(copy)?)
 }
 
 /// What the records say of a directory: it was not there before, or has one of these marks.
@@ -247,7 +250,12 @@ impl Expected<'_> {
         }
     }
 
-    /// Whether a directory with this mark is a copy of another store's.
+    /// Whether a directory is the store's by its mark, wherever it was, and no copy of that.
+    pub(super) fn is_own(&self, found: Option<&Id>, dir: BorrowedFd<'_>) -> Result<bool, LayersError> {
+        Ok(found.is_some_and(|id| self.known.has(id)) && !self.is_copy(found, dir)?)
+    }
+
+    /// Whether a directory with this mark is a copy.
     fn is_copy(&self, found: Option<&Id>, dir: BorrowedFd<'_>) -> Result<bool, LayersError> {
         Ok(self.claim(found, dir)? == Claim::Copy)
     }
@@ -256,19 +264,42 @@ impl Expected<'_> {
         Id::of(dir).map_err(|errno| self.sys("read the mark of", errno))
     }
 
-    /// Whose a directory is with a mark that is not on record for this store.
+    /// Whose a directory is that has this mark.
     fn claim(&self, found: Option<&Id>, dir: BorrowedFd<'_>) -> Result<Claim, LayersError> {
-        match found {
-            Some(id) if !self.known.has(id) => {
-                claim(self.known.others, id, dir, Some(self.path)).map_err(|errno| self.sys("look at", errno))
-            }
-            _ => Ok(Claim::Nobodys),
+        let Some(id) = found else { return Ok(Claim::Nobodys) };
+        let claim = if self.known.has(id) { self.claim_own(id, dir) } else { self.claim_others(id, dir) };
+        claim.map_err(|errno| self.sys("look at", errno))
+    }
+
+    fn claim_others(&self, id: &Id, dir: BorrowedFd<'_>) -> Result<Claim, Errno> {
+        claim(self.known.others, id, dir, Some(self.path))
+    }
+
+    /// One that was moved is the store's. A copy of one that stays where it was is another directory from then on, or the
+    /// database would go with both.
+    fn claim_own(&self, id: &Id, dir: BorrowedFd<'_>) -> Result<Claim, Errno> {
+        if self.ids().any(|here| here == id) {
+            return Ok(Claim::Nobodys);
         }
+        for mark in self.known.marks().filter(|mark| mark.id.as_ref() == Some(id)) {
+            if is_still_there(mark, id, dir)? {
+                return Ok(Claim::Copy);
+            }
+        }
+        Ok(Claim::Nobodys)
     }
 
     /// Whether a directory with this mark, or without one, is on record here. One that could not be marked then is any.
     pub(super) fn is_of(&self, found: Option<&Id>) -> bool {
         self.marks.iter().any(|mark| mark.id.is_none() || mark.id.as_ref() == found)
+    }
+
+    /// The upper layer that is on record with a state dir at this path, if that of this mark is not.
+    fn other_upper(&self, found: Option<&Id>) -> Option<Id> {
+        let is_here = |marks: &&Marks| marks.state.as_ref().is_some_and(|mark| mark.path == *self.path);
+        let uppers = self.known.own.iter().filter(is_here).filter_map(|marks| marks.upper.as_ref()?.id.as_ref());
+        let uppers: Vec<_> = uppers.collect();
+        if found.is_some_and(|found| uppers.contains(&found)) { None } else { uppers.last().copied().cloned() }
     }
 
     /// Whether it is on record that it was there, and could not be marked.

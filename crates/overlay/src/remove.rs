@@ -295,15 +295,10 @@ pub fn contents(
         mark::mark(upper, &claim.removing)?;
     }
     progress::at(Spot::Upper);
-    let mut marks = Marks::default();
     if let Some(dir) = &claim.upper {
         let dir = readable(dir.as_fd()).map_err(sys("open", upper.as_str()))?;
         identity::unmark(&dir).map_err(sys("take the mark from", upper.as_str()))?;
         empty(&dir, upper.as_str())?;
-        // It is the store's still, whatever somebody goes on to make in it.
-        let id = identity::mark_anew(&dir).map_err(sys("set the mark of", upper.as_str()))?;
-        marks.upper = id.map(|id| Mark { path: upper.clone(), id: Some(id) });
-        sync(dir.as_fd(), upper.as_str())?;
     }
     progress::at(Spot::Work);
     if let Some(dir) = &work_dir {
@@ -311,6 +306,15 @@ pub fn contents(
             remove_tree(dir.as_fd(), kernels, work.as_str())?;
         }
         sync(dir.as_fd(), work.as_str())?;
+    }
+    let mut marks = Marks::default();
+    if let Some(dir) = &claim.upper {
+        progress::at(Spot::Upper);
+        // It is the store's still, whatever somebody goes on to make in it. With what is told beside it, it was until now.
+        let id = identity::mark_anew(readable(dir.as_fd()).map_err(sys("open", upper.as_str()))?);
+        let id = id.map_err(sys("set the mark of", upper.as_str()))?;
+        marks.upper = id.map(|id| Mark { path: upper.clone(), id: Some(id) });
+        sync(dir.as_fd(), upper.as_str())?;
     }
     // Not before: there is room for it now, and until now the record says what is to be finished.
     record(&marks).map_err(RemoveError::Record)?;
@@ -373,8 +377,8 @@ fn refuse_mounts(directories: &[&AbsolutePath], but: Option<&AbsolutePath>) -> R
             return Err(RemoveError::Mounted { what: printable(&mount.describe()), at: printable(point) });
         }
         let live = &mount.live;
-        if mount.fs_type == "overlay" && [&live.upper, &live.lower].iter().any(|layer| layer.split(':').any(is_within))
-        {
+        let layers = [&live.upper, &live.work, &live.lower];
+        if mount.fs_type == "overlay" && layers.iter().any(|layer| layer.split(':').any(is_within)) {
             return Err(RemoveError::Layer(printable(point)));
         }
     }

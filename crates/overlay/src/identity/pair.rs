@@ -24,9 +24,9 @@ use crate::{
 
 /// Refuses an upper layer and a state dir that are not those of one store. What is not there yet can be made.
 ///
-/// A state dir with a database goes with the upper layer whose mark it has, and with no other. Where it has none, it is of a
-/// version that did not tell, if it is on `record` for this store; or neither was ever this program's, and somebody has declared
-/// an overlay that they had made by hand. An upper layer with something in it goes with no state dir that has no database.
+/// A state dir with a database goes with the upper layer whose mark it has, and with no other. Where it has none, it goes with
+/// the one that is on `record` with it; or neither was ever this program's, and somebody has declared an overlay that they had
+/// made by hand. An upper layer with something in it goes with no state dir that has no database.
 pub(crate) fn check_pair(
     spec: &StoreSpec,
     upper: Option<BorrowedFd<'_>>,
@@ -49,7 +49,9 @@ pub(crate) fn check_pair(
     {
         return Ok(());
     }
-    match (Id::of_upper(used).map_err(look)?, found) {
+    // A state dir that takes no marks, or is of a version that did not tell, is told of by the record alone.
+    let told = Id::of_upper(used).map_err(look)?.or_else(|| record.other_upper(found.as_ref()));
+    match (told, found) {
         (Some(wanted), found) => {
             let is_copy = found.is_none() && example()?.is_some();
             Err(LayersError::OtherUpper { path, state_dir, wanted, is_copy, store })
@@ -103,11 +105,11 @@ fn open_database(state: BorrowedFd<'_>) -> Result<(), Errno> {
     rustix::fs::openat2(state, "db/db.sqlite", flags, Mode::empty(), resolve).map(drop)
 }
 
-/// Something that is in a directory. What Nix makes before it needs it starts with a dot (`.links`).
+/// Something that is in a directory, but for what Nix makes before it needs it.
 pub(crate) fn example_of(dir: BorrowedFd<'_>) -> Result<Option<String>, Errno> {
     for entry in Dir::read_from(readable(dir)?)? {
         let entry = entry?;
-        if !entry.file_name().to_bytes().starts_with(b".") {
+        if !matches!(entry.file_name().to_bytes(), b"." | b".." | b".links") {
             return Ok(Some(entry.file_name().to_string_lossy().into_owned()));
         }
     }
@@ -127,33 +129,37 @@ pub(crate) struct Pair<'p> {
 impl Pair<'_> {
     /// Has both tell that they belong together. On disk when this returns.
     pub(crate) fn settle(&self) -> Result<Marks, LayersError> {
-        self.begin_anew()?;
-        let upper = self.upper.mark_through(self.upper_dir, self.through)?;
-        self.tell(&upper)?;
+        let upper = if self.begin_anew()? {
+            Mark { path: self.upper.path.clone(), id: self.upper.mark_of(self.upper_dir)? }
+        } else {
+            let upper = self.upper.mark_through(self.upper_dir, self.through)?;
+            self.tell(&upper)?;
+            upper
+        };
         Ok(Marks { upper: Some(upper), state: Some(self.state.mark(self.state_dir)?) })
     }
 
-    /// Gives them marks of their own if they are copies of another store's, which could be mistaken for each other later; and if
-    /// there is a database already that tells nothing. Where no mark can be set, they stay as they are.
-    fn begin_anew(&self) -> Result<(), LayersError> {
+    /// Gives them marks of their own if one is a copy, which could be mistaken for the original later; and if there is a database
+    /// already that tells nothing. Where no mark can be set, they stay as they are. Whether they were given any.
+    fn begin_anew(&self) -> Result<bool, LayersError> {
         let found = self.upper.mark_of(self.upper_dir)?;
         let state = self.state.mark_of(self.state_dir)?;
-        let is_copy = self.upper.is_copy(found.as_ref(), self.upper_dir)?
-            || self.state.is_copy(state.as_ref(), self.state_dir)?;
+        let is_state_copy = self.state.is_copy(state.as_ref(), self.state_dir)?;
+        let is_copy = is_state_copy || self.upper.is_copy(found.as_ref(), self.upper_dir)?;
         let look = |errno| self.state.sys("look at", errno);
         let is_used = found.is_none() && has_database(self.state_dir).map_err(look)?;
         if !is_copy && !is_used {
-            return Ok(());
+            return Ok(false);
         }
-        match self.give_fresh_marks(found.as_ref(), is_copy) {
-            Err(errno) if !is_no_place_for_marks(errno) => Err(self.state.sys("set the mark of", errno)),
-            _ => Ok(()),
+        match self.give_fresh_marks(found.as_ref(), is_state_copy) {
+            Err(errno) if is_no_place_for_marks(errno) => Ok(false),
+            given => given.map(|()| true).map_err(|errno| self.state.sys("set the mark of", errno)),
         }
     }
 
     /// This may end anywhere. So the state dir tells of the fresh mark before the upper layer has it, and goes on to tell of the
     /// old one until the fresh one is on disk.
-    fn give_fresh_marks(&self, found: Option<&Id>, is_copy: bool) -> Result<(), Errno> {
+    fn give_fresh_marks(&self, found: Option<&Id>, is_state_copy: bool) -> Result<(), Errno> {
         let fresh = Id::new()?;
         if let Some(found) = found {
             // The last time may have ended with what was announced then.
@@ -164,10 +170,11 @@ impl Pair<'_> {
         fresh.replace(self.through)?;
         sync(self.upper_dir)?;
         fresh.tell(self.state_dir)?;
-        if is_copy {
+        if is_state_copy {
             Id::new()?.replace(self.state_dir)?;
         }
-        unannounce(self.state_dir)
+        unannounce(self.state_dir)?;
+        sync(self.state_dir)
     }
 
     /// Has the state dir tell which upper layer it belongs to. Where it cannot, a store works without.

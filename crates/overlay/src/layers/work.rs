@@ -17,22 +17,25 @@ pub(crate) const KERNELS: [&str; 2] = ["work", "index"];
 /// Refuses a work dir with something in it that OverlayFS has not put there, to which nobody would be asked.
 pub(crate) fn refuse_strange_work(work: BorrowedFd<'_>, path: &AbsolutePath) -> Result<(), LayersError> {
     let list = |errno| LayersError::sys("work-dir", "list", path.as_str(), errno);
-    // What a crash has left there is called `#` and a number (`ovl_tempname`), and `incompat` tells of options that need it.
     let is_known = |name: &[u8]| KERNELS.iter().any(|kernels| kernels.as_bytes() == name);
-    let is_temporary = |name: &[u8]| name.starts_with(b"#") || name == b"incompat";
-    let mut strange = strange_in(work, is_known).map_err(list)?;
-    if strange.is_none()
-        && let Some(below) = kernels_own(work).map_err(list)?
-    {
-        strange = strange_in(below, is_temporary).map_err(list)?.map(|name| format!("{}/{name}", KERNELS[0]));
-    }
+    // What a crash has left there is called `#` and a number (`ovl_tempname`), and `incompat` tells of options that need it.
+    let is_works = |name: &[u8]| name.starts_with(b"#") || name == b"incompat";
+    // File handles in hexadecimal, of an overlay that had an index (`ovl_get_index_name`, `OVL_FH_MAGIC`).
+    let is_indexs = |name: &[u8]| name.starts_with(b"#") || name.starts_with(b"00fb");
+    let strange = strange_in(work, is_known).map_err(list)?;
+    let of_kernels: [(&str, &dyn Fn(&[u8]) -> bool); 2] = [(KERNELS[0], &is_works), (KERNELS[1], &is_indexs)];
+    let below = of_kernels.into_iter().find_map(|(name, is_known)| {
+        let strange = kernels_own(work, name).and_then(|dir| dir.map_or(Ok(None), |dir| strange_in(dir, is_known)));
+        strange.map(|strange| strange.map(|found| format!("{name}/{found}"))).transpose()
+    });
+    let strange = strange.map(Ok).or(below).transpose().map_err(list)?;
     strange.map_or(Ok(()), |example| Err(LayersError::WorkNotEmpty { path: path.clone(), example }))
 }
 
-fn kernels_own(work: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
+fn kernels_own(work: BorrowedFd<'_>, name: &str) -> Result<Option<OwnedFd>, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-    match rustix::fs::openat2(work, KERNELS[0], flags, Mode::empty(), resolve) {
+    match rustix::fs::openat2(work, name, flags, Mode::empty(), resolve) {
         Ok(dir) => Ok(Some(dir)),
         Err(Errno::NOENT) => Ok(None),
         Err(errno) => Err(errno),

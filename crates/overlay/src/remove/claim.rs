@@ -31,8 +31,9 @@ pub(super) struct Claim {
 pub(super) fn claim(spec: &StoreSpec, known: Known<'_>, begun: Option<&Removing>) -> Result<Claim, RemoveError> {
     let (upper, state) = identity::expected(spec, known);
     let (upper_dir, found) = directory("upper-layer", &spec.layers.upper, &upper)?;
-    let is_upper = found.as_ref().is_some_and(|id| known.has(id))
-        || upper.is_unmarked()
+    let is_upper = is_own(&upper, upper_dir.as_ref(), found.as_ref())?
+        // One that has a mark by now is another one.
+        || (found.is_none() && upper.is_unmarked())
         || begun.is_some_and(|begun| begun.is_of_upper(found.as_ref()));
     if !is_upper && let Some(dir) = &upper_dir {
         let path = &spec.layers.upper;
@@ -54,8 +55,8 @@ pub(super) fn claim(spec: &StoreSpec, known: Known<'_>, begun: Option<&Removing>
                 uppers.iter().try_fold(false, |told, id| Ok(told || identity::tells(dir, id)?)).map_err(&look)?
             }
             None => {
-                id.as_ref().is_some_and(|id| known.has(id))
-                    || state.is_unmarked()
+                is_own(&state, state_dir.as_ref(), id.as_ref())?
+                    || (id.is_none() && state.is_unmarked())
                     || begun.is_some_and(|begun| begun.is_of_state(id.as_ref()))
             }
         };
@@ -80,6 +81,10 @@ pub(super) fn claim(spec: &StoreSpec, known: Known<'_>, begun: Option<&Removing>
     claim.removing.state = id.filter(|_| claim.state);
     claim.upper = upper_dir.filter(|_| is_upper);
     Ok(claim)
+}
+
+fn is_own(expected: &Expected<'_>, dir: Option<&OwnedFd>, found: Option<&Id>) -> Result<bool, RemoveError> {
+    Ok(dir.map(|dir| expected.is_own(found, dir.as_fd())).transpose()?.unwrap_or_default())
 }
 
 /// A directory that is there, and its mark. Another store's is refused.

@@ -29,7 +29,7 @@ pub(super) fn remove_tree(parent: BorrowedFd<'_>, name: &str, at: &str) -> Resul
     let name = CString::new(name).map_err(|_| sys("name", at)(Errno::INVAL))?;
     let Some(dir) = open(parent, &name, at)? else { return Ok(false) };
     empty(&dir, at)?;
-    rustix::fs::unlinkat(parent, &name, AtFlags::REMOVEDIR).map_err(sys("remove", at))?;
+    rustix::fs::unlinkat(parent, &name, AtFlags::REMOVEDIR).map_err(|errno| refused(errno, &name, at))?;
     Ok(true)
 }
 

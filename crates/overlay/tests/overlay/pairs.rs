@@ -289,13 +289,94 @@ fn wherever_a_copy_is_cut_short_on_the_way_to_marks_of_its_own_it_comes_up() {
 fn a_work_dir_with_something_else_in_it_is_not_given_to_the_kernel() {
     let (store, marks) = Store::used();
     let work = store.spec.layers.work.as_path();
-    for crashed in ["work", "work/#1f", "work/incompat", "work/incompat/volatile", "index"] {
+    let index = "index/00fb1d0001";
+    for crashed in ["work", "work/#1f", "work/incompat", "work/incompat/volatile", "index", index] {
         fs::create_dir_all(work.join(crashed)).expect("made");
     }
     store.prepare_known(&marks).expect("what the kernel has left");
-    for strange in ["work/two", "one"] {
+    for strange in ["index/three", "work/two", "one"] {
         fs::write(work.join(strange), "precious").expect("written");
         let refused = store.prepare_known(&marks).expect_err("somebody's");
         assert!(matches!(&refused, LayersError::WorkNotEmpty { example, .. } if example == strange), "{refused}");
     }
+}
+
+/// A copy of a directory with its mark, and with what a store has in it.
+fn copied(from: &Path, to: &str) -> layered_stores_model::AbsolutePath {
+    let to = from.with_file_name(to);
+    fs::create_dir(&to).expect("made");
+    fs::create_dir(to.join("path")).expect("filled");
+    set(&to, ATTRIBUTE, &attribute(from, ATTRIBUTE).expect("marked"));
+    to.to_str().expect("text").parse().expect("valid")
+}
+
+#[test]
+fn a_copy_of_its_own_upper_layer_is_another_one_from_then_on() {
+    let (mut store, marks) = Store::used();
+    let original = store.spec.layers.upper.clone();
+    store.spec.layers.upper = copied(original.as_path(), "big");
+    let anew = store.prepare_known(&marks).expect("the database goes with a copy");
+    assert_ne!(anew.upper.and_then(|mark| mark.id), marks[0].upper.clone().and_then(|mark| mark.id));
+    // What is built now is in the copy alone.
+    let big = std::mem::replace(&mut store.spec.layers.upper, original);
+    for records in [&marks[..], &[]] {
+        let refused = store.prepare_known(records);
+        assert!(matches!(refused, Err(LayersError::OtherUpper { .. })), "{refused:?}");
+    }
+    store.spec.layers.upper = big;
+    store.prepare_known(&marks).expect("again, as after a kill");
+}
+
+#[test]
+fn a_copy_of_its_own_database_is_not_used_in_turns_with_the_original() {
+    let (mut store, marks) = Store::used();
+    let before = store.spec.clone();
+    store.reroot("copy");
+    store.make_database();
+    for name in [ATTRIBUTE, UPPER_ATTRIBUTE] {
+        set(store.state_dir(), name, &attribute(before.state_dir.as_path(), name).expect("marked"));
+    }
+    store.prepare_known(&marks).expect("with the copy");
+    store.spec = before;
+    let refused = store.prepare();
+    assert!(matches!(refused, Err(LayersError::OtherUpper { .. })), "{refused:?}");
+}
+
+#[test]
+fn what_was_moved_is_the_stores_still() {
+    let (mut store, marks) = Store::used();
+    let before = attribute(store.upper_dir(), ATTRIBUTE);
+    let moved = store.upper_dir().with_file_name("moved");
+    fs::rename(store.upper_dir(), &moved).expect("moved");
+    store.spec.layers.upper = moved.to_str().expect("text").parse().expect("valid");
+    store.prepare_known(&marks).expect("taken");
+    assert_eq!(attribute(store.upper_dir(), ATTRIBUTE), before);
+}
+
+#[test]
+fn where_a_database_cannot_tell_the_record_does() {
+    let (mut store, marks) = Store::used();
+    unset(store.state_dir(), UPPER_ATTRIBUTE);
+    unset(store.state_dir(), ATTRIBUTE);
+    let upper = store.spec.layers.upper.clone();
+    let unmarked = marks.map(|marks| Marks { state: marks.state.map(|mark| Mark { id: None, ..mark }), ..marks });
+    for (other, is_full) in [("uper", false), ("old", true)] {
+        let other = store.upper_dir().with_file_name(other);
+        if is_full {
+            fs::create_dir_all(other.join("path")).expect("filled");
+        }
+        store.spec.layers.upper = other.to_str().expect("text").parse().expect("valid");
+        let refused = store.prepare_known(&unmarked);
+        assert!(matches!(refused, Err(LayersError::OtherUpper { .. })), "{refused:?}");
+        store.spec.layers.upper = upper.clone();
+    }
+    store.prepare_known(&unmarked).expect("the one on record");
+}
+
+#[test]
+fn what_is_hidden_is_something_too() {
+    let store = Store::new();
+    fs::create_dir_all(store.upper_dir().join(".ssh")).expect("made");
+    let refused = store.prepare().expect_err("somebody's");
+    assert!(matches!(&refused, LayersError::UpperNotEmpty { example, .. } if example == ".ssh"), "{refused}");
 }

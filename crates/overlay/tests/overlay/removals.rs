@@ -171,3 +171,47 @@ fn what_a_store_has_on_record_holds_until_it_has_come_up_with_something_else() {
     let unmarked = Marks { upper: marks.upper.clone().map(|mark| Mark { id: None, ..mark }), state: None };
     assert_eq!(retained(&store.spec, &[unmarked, marks.clone()]), marks, "what is marked says more");
 }
+
+#[test]
+fn a_copy_of_a_stores_upper_layer_is_not_removed_for_its_mark() {
+    let (mut store, marks) = Store::used();
+    let original = store.spec.layers.upper.clone();
+    let copy = original.as_path().with_file_name("backup");
+    fs::create_dir_all(copy.join("path")).expect("made");
+    set(&copy, ATTRIBUTE, &attribute(original.as_path(), ATTRIBUTE).expect("marked"));
+    store.spec.layers.upper = copy.to_str().expect("text").parse().expect("valid");
+    let refused = store.remove(&marks);
+    assert!(matches!(refused, Err(RemoveError::Strange { .. })), "{refused:?}");
+    assert!(copy.join("path").exists() && store.has_database());
+    store.spec.layers.upper = original;
+    store.remove(&marks).expect("the one itself");
+}
+
+#[test]
+fn one_that_could_not_be_marked_is_not_one_that_has_the_mark_of_another() {
+    let (store, marks) = Store::used();
+    let unmarked = marks.map(|marks| Marks { upper: marks.upper.map(|mark| Mark { id: None, ..mark }), ..marks });
+    set(store.spec.layers.upper.as_path(), ATTRIBUTE, &"e".repeat(32));
+    let refused = store.remove(&unmarked);
+    assert!(matches!(refused, Err(RemoveError::Strange { .. })), "{refused:?}");
+    assert!(store.is_full());
+}
+
+#[test]
+fn a_removal_that_fails_on_the_way_can_be_finished_whatever_is_made_meanwhile() {
+    let (store, marks) = Store::used();
+    let kernels = store.spec.layers.work.as_path().join("work");
+    fs::create_dir_all(&kernels).expect("made");
+    let set_immutable = |is: bool| {
+        let flags = if is { "+i" } else { "-i" };
+        let done = std::process::Command::new("chattr").arg(flags).arg(&kernels).status();
+        assert!(done.expect("chattr").success());
+    };
+    set_immutable(true);
+    let failed = store.remove(&marks);
+    assert!(matches!(failed, Err(RemoveError::Immutable(_))), "{failed:?}");
+    fs::create_dir_all(store.upper()).expect("its owner goes on");
+    set_immutable(false);
+    store.remove(&marks).expect("finished");
+    assert!(!store.is_full() && !store.being_removed().exists());
+}
