@@ -148,6 +148,9 @@ with subtest("Its settings may hold secrets: they are root's, and nobody else's 
     assert owner_and_mode("/run/layered-stores/own/nix.conf") == "root 600"
     machine.fail(as_user("alice", "cat /run/layered-stores/own/nix.conf"))
     machine.fail(as_user("bob", f"cat /run/credentials/{SERVICE}/nix.conf"))
+    # The daemon keeps them with all that it knows of the store.
+    assert owner_and_mode("/var/lib/layered-stores/known/own.json") == "root 600"
+    machine.fail(as_user("bob", "cat /var/lib/layered-stores/known/own.json"))
 
 with subtest(
     "What it builds is the owner's, for the owner, for whom it lets in, and for nobody else"

@@ -136,6 +136,39 @@ with subtest("A copy and its original are not mistaken for each other"):
     is_well("d", first)
     is_well("e", second)
 
+with subtest("Its own upper layer and a copy of that are not used in turns"):
+    machine.succeed("mkdir -p /srv/twin")
+    here, there = store("twin", "/srv/twin"), store("twin", "/srv/twin", upper_layer="/srv/twin/big")
+    declare(here)
+    first = fill("twin")
+    machine.succeed("cp -a /srv/twin/upper /srv/twin/big")
+    declare(there)
+    refused(remove("twin"), "has never been the upper layer of this store")
+    second = fill("twin")
+    is_well("twin", first)
+    # As a configuration that is rolled back.
+    declare(here)
+    refused("layered-stores start twin", "is not the directory that the database in")
+    declare(there)
+    is_well("twin", second)
+
+with subtest("Nothing is removed by a record that cannot be read"):
+    machine.succeed(
+        "systemctl stop layered-storesd",
+        f"echo '{{' >{STATE}/known/twin.json",
+        "rm -f /run/layered-stores/twin.upper.json",
+        "mkdir -p /srv/twin2/photos; echo precious >/srv/twin2/photos/one",
+    )
+    text = shlex.quote(store("twin", "/srv/twin2", upper_layer="/srv/twin2/photos"))
+    machine.succeed(f"printf %s {text} >{CONFIG}; systemctl start layered-storesd")
+    refused("layered-stores start twin", "/srv/twin2/photos is not empty")
+    refused(remove("twin"), "twin.json.unreadable cannot be read")
+    machine.succeed(f"rm {STATE}/known/twin.json.unreadable")
+    refused(remove("twin"), "has never been the upper layer of this store")
+    machine.succeed("grep precious /srv/twin2/photos/one")
+    declare(there)
+    is_well("twin", second)
+
 with subtest("A database that was never the store's is not removed with it"):
     machine.succeed("mkdir -p /srv/f; echo x >/tmp/x; nix-store --store /srv/chroot --add /tmp/x")
     declare(store("f", "/srv/f"))

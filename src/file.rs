@@ -1,9 +1,9 @@
 //! Replacing a file in one step: whoever reads it, and whatever ends the daemon, finds the old one or the new one.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
 };
 
@@ -40,10 +40,18 @@ pub(crate) fn replace(path: &Path, text: &[u8], mode: u32, sync: bool) -> io::Re
     Ok(())
 }
 
+/// Lets nobody but root read a file, in a directory in which only root can make any.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn restrict(path: &Path) -> io::Result<()> {
+    let file = fs::symlink_metadata(path)?;
+    let is_open = file.is_file() && file.permissions().mode() & 0o077 != 0;
+    if is_open { fs::set_permissions(path, Permissions::from_mode(FOR_ROOT)) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     #[test]

@@ -408,6 +408,7 @@ pub(super) async fn remove(
     let spec = Arc::clone(&errand.spec);
     let remove = move || {
         drop(lock);
+        tools.records.refuse_unreadable(&spec.name)?;
         let record = |marks: &Marks| tools.records.begin_anew(&spec.name, marks).map_err(io::Error::other);
         let records = tools.records.marks(&spec)?;
         let others = |id: &Id| tools.records.with_mark(Some(&spec.name), id);

@@ -2,7 +2,8 @@
 //!
 //! * `<state>/known/<name>.json` holds a store's specification from before its first directory is made until after its
 //!   last trace is undone. It is how a store is wound down that was removed from the configuration while the daemon was
-//!   not running. Beside that it has the [`Marks`] by which the store's directories are known again.
+//!   not running. Beside that it has the [`Marks`] by which the store's directories are known again. Only root reads it: the
+//!   settings of a Nix daemon may be secret.
 //! * `<runtime>/<name>.upper.json` has these as well: the state directory may be on a filesystem that is taken away. Those of
 //!   an ephemeral store are there only, because its directories are gone with the next boot.
 //! * `<runtime>/<name>.asked.json` holds what people have asked for otherwise than declared.
@@ -31,7 +32,7 @@ use layered_stores_overlay::{
 use serde::{Deserialize, Serialize};
 
 use super::nix_daemon;
-use crate::file::{FOR_ALL, UNFINISHED, replace};
+use crate::file::{FOR_ALL, FOR_ROOT, UNFINISHED, replace, restrict};
 
 /// The directories of both kinds of records.
 #[derive(Clone, Debug)]
@@ -124,6 +125,11 @@ impl Records {
             if path.extension().is_some_and(|extension| extension == UNFINISHED) {
                 // A daemon was killed while it wrote this.
                 let _ = fs::remove_file(&path);
+                continue;
+            }
+            // Those of earlier versions could be read by everybody.
+            if let Err(error) = restrict(&path) {
+                tracing::warn!("{} cannot be kept from others: {error}", path.display());
             }
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
@@ -210,6 +216,18 @@ impl Records {
         }
     }
 
+    /// Refuses a store whose record cannot be read: what is in its directories may never have been its own.
+    pub(super) fn refuse_unreadable(&self, name: &StoreName) -> Result<(), RecordError> {
+        progress::at(Spot::Records);
+        let (record, aside) = (self.known_path(name), self.aside(name));
+        match read(&record)? {
+            Some(text) if serde_json::from_slice::<Record>(&text).is_ok() => Ok(()),
+            Some(_) => Err(RecordError::Unreadable { path: record, store: name.clone() }),
+            None if aside.exists() => Err(RecordError::Unreadable { path: aside, store: name.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// By what the directories of a store are known again, as far as it had them when this was noted. There are several
     /// records, any of which may be older than the others.
     pub(super) fn marks(&self, spec: &StoreSpec) -> Result<Vec<Marks>, RecordError> {
@@ -289,6 +307,7 @@ impl Records {
         let _ = fs::remove_file(self.runtime_path(name));
         let _ = fs::remove_file(self.note_path(name));
         nix_daemon::remove(&self.runtime, name);
+        remove(&self.aside(name))?;
         remove(&self.known_path(name))
     }
 
@@ -353,7 +372,7 @@ fn keep(path: &Path, text: &serde_json::Result<Vec<u8>>, sync: bool) -> Result<(
     if fs::read(path).is_ok_and(|old| old == *text) {
         return Ok(());
     }
-    replace(path, text, FOR_ALL, sync).map_err(write)
+    replace(path, text, FOR_ROOT, sync).map_err(write)
 }
 
 #[cfg(test)]

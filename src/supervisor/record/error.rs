@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use layered_stores_model::StoreName;
+
 /// What the daemon has to know about earlier runs, and to leave to later ones.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
@@ -28,6 +30,18 @@ pub enum RecordError {
         path: PathBuf,
         /// Why not.
         source: io::Error,
+    },
+    /// It is no record, and nothing is to be removed without one.
+    #[error(
+        "the record {path} cannot be read, by which the directories of {store} are known again: what is in them may be somebody \
+         else's. Run `layered-stores start {store}`, which makes a new one if they are the store's; or take that file away, and \
+         nothing that is not marked as the store's is removed"
+    )]
+    Unreadable {
+        /// The record.
+        path: PathBuf,
+        /// The store's name.
+        store: StoreName,
     },
     /// The directory does not answer.
     #[error("{0} has not answered yet, where it is kept which stores have been mounted")]

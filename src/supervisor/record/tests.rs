@@ -1,3 +1,5 @@
+use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
+
 use super::*;
 use layered_stores_model::{Ephemeral, fixture};
 use layered_stores_overlay::{identity, layers::LayersError};
@@ -74,6 +76,37 @@ fn what_a_store_had_before_is_known_from_every_record() {
     assert!(refused(), "and says as much as before");
     records.begin_anew(&spec.name, &Marks::default()).expect("forgotten");
     assert!(!refused());
+}
+
+#[test]
+fn nothing_is_removed_by_a_record_that_cannot_be_read() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let records = Records::new(dir.path(), dir.path());
+    let (spec, refused) = (spec("t"), || records.refuse_unreadable(&spec("t").name).is_err());
+    assert!(!refused(), "there is none");
+    records.remember(&spec, &Marks::default()).expect("written");
+    assert!(!refused());
+    fs::write(records.known_path(&spec.name), "{").expect("written");
+    assert!(refused());
+    records.known(&[StoreSpec::clone(&spec)]).expect("listed");
+    assert!(refused(), "moved aside");
+    records.remember(&spec, &Marks::default()).expect("written");
+    assert!(!refused(), "it has come up since");
+    records.forget(&spec.name).expect("forgotten");
+    assert!(!refused() && records.marks(&spec).expect("read").is_empty(), "one of another time says nothing");
+}
+
+#[test]
+fn what_is_kept_of_a_store_is_for_root_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let records = Records::new(dir.path(), dir.path());
+    let record = records.known_path(&spec("t").name);
+    let mode = || fs::metadata(&record).expect("there").permissions().mode() & 0o777;
+    records.remember(&spec("t"), &Marks::default()).expect("written");
+    assert_eq!(mode(), 0o600, "settings may be secret");
+    fs::set_permissions(&record, Permissions::from_mode(0o644)).expect("set");
+    records.known(&[]).expect("listed");
+    assert_eq!(mode(), 0o600, "also of an earlier version");
 }
 
 #[test]
