@@ -437,7 +437,7 @@ pub(super) async fn verify(errand: Errand, mount: Option<MountId>) -> Result<Vec
         })?;
         Ok(stale)
     };
-    errand.run_long(verify).await
+    errand.run_job(verify).await
 }
 
 fn write_unit(spec: &StoreSpec) -> Result<(), OperationError> {

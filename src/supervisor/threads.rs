@@ -47,6 +47,10 @@ const STALL: Duration = Duration::from_secs(1);
 const QUICK: usize = 8;
 const LONG: usize = 4;
 
+/// How many jobs look at a time. They have places of their own, or who may begin some would have everybody else's looks wait for
+/// theirs.
+const JOBS: usize = 2;
+
 /// How much may stall at a time of stores on the same filesystems, and of all: the rest of the threads is for stores on
 /// filesystems on which nothing has stalled.
 const STALLED_TOGETHER: usize = 16;
@@ -63,6 +67,7 @@ pub(super) struct Threads(Arc<Inner>);
 struct Inner {
     quick: Arc<Semaphore>,
     long: Arc<Semaphore>,
+    jobs: Arc<Semaphore>,
     /// How much has stalled, by filesystems.
     stalled: Mutex<HashMap<Filesystems, usize>>,
     came_back: Notify,
@@ -78,6 +83,7 @@ impl Threads {
         Ok(Self(Arc::new(Inner {
             quick: Arc::new(Semaphore::new(QUICK)),
             long: Arc::new(Semaphore::new(LONG)),
+            jobs: Arc::new(Semaphore::new(JOBS)),
             stalled: Mutex::default(),
             came_back: Notify::new(),
             mounts: Mutex::new(mounts),
@@ -187,6 +193,14 @@ impl Errand {
         self.run_in(&self.threads.0.long, work).await
     }
 
+    /// Does the work of a job.
+    pub(super) async fn run_job<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
+    ) -> Result<T, OperationError> {
+        self.run_in(&self.threads.0.jobs, work).await
+    }
+
     async fn run_in<T: Send + 'static>(
         &self,
         places: &Arc<Semaphore>,
@@ -271,6 +285,35 @@ mod tests {
             assert_eq!(errand.progress.spot(), None);
         }
         assert!(matches!(errand.run(|| Ok(7)).await, Ok(7)));
+    }
+
+    #[tokio::test]
+    async fn jobs_keep_nobody_from_looks_that_take_as_long() {
+        let threads = Threads::new().await.expect("threads");
+        let errand = threads.errand(spec("a", "/lower"));
+        let (go_on, waits) = mpsc::channel::<()>();
+        let waits = Arc::new(Mutex::new(waits));
+        let mut jobs = tokio::task::JoinSet::new();
+        for _ in 0..LONG + JOBS {
+            let (waits, job) = (Arc::clone(&waits), threads.errand(spec("b", "/lower")));
+            let work = move || {
+                // Something that gets on.
+                while lock(&waits).recv_timeout(Duration::from_millis(5)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    layered_stores_overlay::progress::at(Spot::Lower);
+                }
+                Ok(())
+            };
+            jobs.spawn(async move { job.run_job(work).await });
+        }
+        while threads.0.jobs.available_permits() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let looked = tokio::time::timeout(DEADLINE, errand.run_long(|| Ok(7))).await;
+        assert!(matches!(looked, Ok(Ok(7))));
+        drop(go_on);
+        while let Some(done) = jobs.join_next().await {
+            assert!(matches!(done, Ok(Ok(()))), "each has its turn");
+        }
     }
 
     #[tokio::test]
