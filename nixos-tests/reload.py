@@ -38,6 +38,12 @@ def status(name: str) -> dict[str, object]:
     return found
 
 
+def problems(name: str) -> list[dict[str, str]]:
+    found = status(name)["problems"]
+    assert isinstance(found, list)
+    return found
+
+
 def status_between_tries(name: str) -> dict[str, object]:
     """The status of a store that cannot be stopped. Now and then that is tried again."""
     found: dict[str, object] = {}
@@ -203,12 +209,34 @@ with subtest("A change of the layers restarts the store, and no other"):
     configure(*stores)
     machine.succeed(RELOAD, f"grep first /srv/new-1/root{path}")
 
+with subtest("A store that would not come up as it is declared now goes on as it was"):
+    before = identity("new-1")
+    for mistake, why in (
+        ({"upper_layer": "/srv/new-1/uper"}, "/srv/new-1/uper is not the directory that"),
+        ({"lower": "/srv/nowhere"}, "/srv/nowhere/nix/store is not there"),
+    ):
+        configure(stores[0], stores[1], store("new-1", **mistake), *stores[3:])
+        for ask in (RELOAD, "layered-stores start new-1"):
+            code, output = machine.execute(f"{ask} 2>&1")
+            t.assertEqual(code, 3, output)
+            t.assertIn("it goes on as it was", output)
+            t.assertIn(why, output)
+        t.assertEqual([problem["code"] for problem in problems("new-1")], ["not-applied"])
+        t.assertEqual((identity("new-1"), states()["new-1"]), (before, "active"))
+        machine.succeed(f"grep first /srv/new-1/root{path}", "layered-stores remount new-1")
+    # What was missing is found.
+    machine.succeed("mkdir -p /srv/nowhere/nix/store", "layered-stores start new-1")
+    t.assertEqual((status("new-1")["lower-store"], problems("new-1")), ("/srv/nowhere", []))
+    configure(*stores)
+    machine.succeed(RELOAD, f"grep first /srv/new-1/root{path}")
+
 with subtest("A changed root moves the mount, and gives the old mount point back"):
     configure(stores[0], stores[1], store("new-1", root="/srv/new-1/elsewhere"), *stores[3:])
     said = machine.fail(f"{RELOAD} 2>&1")
     t.assertIn("/srv/new-1/elsewhere/nix/var/nix does not have the database that knows of it", said)
     machine.fail("test -e /srv/new-1/elsewhere")
     machine.succeed(
+        "layered-stores stop new-1",
         "mkdir -p /srv/new-1/elsewhere/nix && mv /srv/new-1/root/nix/var /srv/new-1/elsewhere/nix/",
         f"layered-stores start new-1 && grep first /srv/new-1/elsewhere{path}",
         f"nix-store --store $(layered-stores uri new-1) --check-validity {path}",

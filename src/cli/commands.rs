@@ -25,6 +25,9 @@ use super::{
 };
 use crate::supervisor::user_of;
 
+/// The problem of a store that is not up as it is declared now.
+const NOT_APPLIED: &str = "not-applied";
+
 /// There are problems with what was looked at.
 const PROBLEMS: u8 = 3;
 
@@ -125,6 +128,12 @@ async fn reload() -> Result<ExitCode> {
     for store in stores.iter().filter(|store| !store.is_at_rest()) {
         code = ExitCode::from(PROBLEMS);
         complain(&format!("store {:?} is {}: {}", store.name, store.state, store.state_reason));
+    }
+    for store in &stores {
+        if let Some((_, why)) = store.problems.iter().find(|(code, _)| code == NOT_APPLIED) {
+            code = ExitCode::from(PROBLEMS);
+            complain(&format!("store {:?}: {why}", store.name));
+        }
     }
     Ok(code)
 }

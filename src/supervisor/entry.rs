@@ -1,6 +1,7 @@
 //! What the engine knows about one store.
 
 mod looks;
+mod next;
 mod refreshes;
 mod retries;
 mod serving;
@@ -14,6 +15,7 @@ use std::{
 
 use layered_stores_model::{StoreSpec, printable};
 use layered_stores_overlay::{mountinfo::MountState, place::MountId, progress::Spot};
+pub(super) use next::Next;
 pub(super) use refreshes::{LEFT, Refreshes, SWAPS_APART};
 pub(super) use retries::Retries;
 pub(super) use serving::Serving;
@@ -61,7 +63,7 @@ pub(super) enum Op {
 pub(super) struct Entry {
     pub(super) spec: Arc<StoreSpec>,
     /// A specification that can be put in force only when the store is down.
-    pub(super) next: Option<Arc<StoreSpec>>,
+    pub(super) next: Option<Next>,
     pub(super) want: Want,
     pub(super) declared: bool,
     /// Whether it is to be up because somebody has asked for that, as the next daemon is told.
@@ -186,7 +188,8 @@ impl Entry {
 
     /// What is to be kept for the next daemon of what somebody has asked for, if that is not what is kept.
     pub(super) fn asked_anew(&mut self) -> Option<Option<bool>> {
-        let asked = match (self.want, self.spec.autostart) {
+        let declared = self.next.as_ref().map_or(&self.spec, |next| &next.spec);
+        let asked = match (self.want, declared.autostart) {
             (Want::Up, false) => Some(true),
             (Want::Down, true) => Some(false),
             _ => None,
@@ -314,6 +317,11 @@ impl Entry {
         self.problems.contains_key(&problem)
     }
 
+    /// What is said of a problem, if it is there.
+    pub(super) fn message(&self, problem: Problem) -> Option<&str> {
+        self.problems.get(&problem).map(String::as_str)
+    }
+
     pub(super) fn clear(&mut self, problems: &[Problem]) {
         for problem in problems {
             self.problems.remove(problem);
@@ -323,7 +331,7 @@ impl Entry {
     /// Whether its Nix daemon, or that it has none, is still to be seen to.
     pub(super) fn is_to_be_served(&self) -> bool {
         self.phase == Phase::Active
-            && self.next.is_none()
+            && !self.respecifies()
             && self.serving.due().is_none()
             && !self.serving.is(self.spec.service().as_ref())
     }
@@ -334,12 +342,27 @@ impl Entry {
         is_failed && !self.retries.is_allowed()
     }
 
+    /// Whether it is to go down for the waiting specification. One that is up does so only if it can come up again.
+    pub(super) fn respecifies(&self) -> bool {
+        self.next.as_ref().is_some_and(|next| next.is_fine() || !self.is_to_stay_up())
+    }
+
+    /// Whether somebody should look if it can come up with the waiting specification.
+    pub(super) fn is_to_be_looked_ahead(&self) -> bool {
+        let is_active = self.phase == Phase::Active && self.is_to_stay_up();
+        is_active && self.retries.is_allowed() && self.next.as_ref().is_some_and(Next::is_to_be_looked_at)
+    }
+
+    fn is_to_stay_up(&self) -> bool {
+        self.want == Want::Up && matches!(self.mount, MountState::Mounted { .. })
+    }
+
     /// Puts the waiting specification in force for a mount that somebody else has made, if it is of the same directories: with
     /// which options that is mounted is theirs to change.
     pub(super) fn take_next_in_place(&mut self) {
         let is_mounted = matches!(self.mount, MountState::Mounted { .. });
-        if let Some(next) = self.next.take_if(|next| is_mounted && next.layers.are_at(&self.spec.layers)) {
-            self.spec = next;
+        if let Some(next) = self.next.take_if(|next| is_mounted && next.spec.layers.are_at(&self.spec.layers)) {
+            self.spec = next.spec;
         }
     }
 

@@ -164,6 +164,9 @@ pub(super) trait Machine: Debug + Send + Sync {
     /// Brings a store up that is not mounted.
     fn start(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>) -> Operated<Up>;
 
+    /// Looks whether a store could most likely come up that is up in another way. Nothing is changed.
+    fn look_ahead(&self, spec: &Arc<StoreSpec>) -> Operated<()>;
+
     /// Takes over a mount that is right already, but for its flags if these `differ`.
     fn adopt(&self, spec: &Arc<StoreSpec>, locked: bool, differ: bool) -> Operated<Up>;
 

@@ -76,6 +76,8 @@ pub(super) struct View<'a> {
     pub retry: bool,
     /// Its Nix daemon, or that it has none, is to be seen to.
     pub serve: bool,
+    /// A specification waits, and nobody has looked whether the store can come up with it.
+    pub look_ahead: bool,
 }
 
 /// What to do next.
@@ -96,6 +98,8 @@ pub(super) enum Step {
     FinishSwap,
     /// Have its Nix daemon be what is declared.
     Serve,
+    /// Look whether it can come up with the specification that waits.
+    LookAhead,
     /// Take it down.
     Stop,
     /// Tell that it cannot be taken down for now, because what lies on it stays.
@@ -176,6 +180,7 @@ pub(super) fn plan(view: &View<'_>) -> Step {
             if may_stop && view.carries == Carries::Nothing { Step::Stop } else { Step::Rest }
         }
         (false, mount @ MountState::Mounted { .. }) => match view.phase {
+            Phase::Active if view.look_ahead => Step::LookAhead,
             Phase::Active if view.serve => Step::Serve,
             Phase::Active => Step::Rest,
             Phase::Failed { seen } if seen == mount && !view.retry => Step::Rest,
@@ -233,11 +238,12 @@ mod tests {
             mut respecify in any::<bool>(),
             carries in prop_oneof![Just(Carries::Nothing), Just(Carries::Leaving), Just(Carries::Staying)],
             (mut ours, repair, mut retry, mut serve) in any::<(bool, bool, bool, bool)>(),
+            (mut look_ahead, is_fine) in any::<(bool, bool)>(),
         ) {
             let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None };
-            for _ in 0..8 {
+            for _ in 0..9 {
                 let view =
-                    View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry, serve };
+                    View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry, serve, look_ahead };
                 match plan(&view) {
                     Step::Rest => {
                         let up = matches!(mount, MountState::Mounted { .. });
@@ -270,6 +276,11 @@ mod tests {
                         let is_up = phase == Phase::Active && matches!(mount, MountState::Mounted { .. });
                         prop_assert!(want == Want::Up && is_up, "only a store that is up has one");
                         serve = false;
+                    }
+                    Step::LookAhead => {
+                        let is_up = phase == Phase::Active && matches!(mount, MountState::Mounted { .. });
+                        prop_assert!(want == Want::Up && !respecify && is_up, "only a store that is up has to lose something");
+                        (look_ahead, respecify) = (false, is_fine);
                     }
                     Step::Stop => {
                         prop_assert!(ours && carries == Carries::Nothing, "never unmount what is not ours or is stood on");
@@ -305,6 +316,7 @@ mod tests {
             repair: true,
             retry: true,
             serve: false,
+            look_ahead: false,
         };
         let failed = Phase::Failed { seen: covered.clone() };
         for (what, view, step) in [
@@ -324,6 +336,11 @@ mod tests {
                 "a store that is up has its Nix daemon seen to",
                 View { mount: &mounted, phase: &Phase::Active, serve: true, ..base.clone() },
                 Step::Serve,
+            ),
+            (
+                "before a store that is up changes it is seen whether it can",
+                View { mount: &mounted, phase: &Phase::Active, look_ahead: true, ..base.clone() },
+                Step::LookAhead,
             ),
             ("a store waits for the one underneath", View { lower: Lower::Pending, ..base.clone() }, Step::Rest),
             (

@@ -41,6 +41,8 @@ pub enum Problem {
     Stuck,
     /// Its mount is in use and cannot be taken down.
     Busy,
+    /// It is up as it was declared before, because it would not come up as it is declared now.
+    NotApplied,
     /// Something is mounted on top of it.
     Covered,
     /// Something that is not this store is mounted in its place.

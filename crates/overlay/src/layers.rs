@@ -206,6 +206,15 @@ fn open_lower(lower: &AbsolutePath) -> Result<OwnedFd, LayersError> {
     })
 }
 
+/// Refuses a lower store that is not there.
+///
+/// # Errors
+/// [`LayersError`].
+pub fn require_lower(layers: &Layers) -> Result<(), LayersError> {
+    progress::at(Spot::Lower);
+    open_lower(&layers.lower).map(drop)
+}
+
 fn resolve_owner(ownership: &Ownership) -> Result<Owner, LayersError> {
     // The name service may ask somebody over the network.
     progress::at(Spot::Accounts);

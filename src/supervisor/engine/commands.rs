@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::{Engine, number};
 use crate::supervisor::{
     Error,
-    entry::{Entry, Reply, answer},
+    entry::{Entry, Next, Reply, answer},
     handle::{Asker, Command, Event},
     plan::{Phase, Want},
     status::Problem,
@@ -83,6 +83,8 @@ impl Engine {
             }
             if entry.phase != Phase::Active || entry.want != Want::Up {
                 entry.want(Want::Up);
+            } else if entry.next.is_some() {
+                entry.try_again();
             }
             entry.forget_failure();
             next = entry.spec.lower_name().cloned();
@@ -159,11 +161,12 @@ impl Engine {
                 entry.want(if spec.autostart { Want::Up } else { Want::Down });
             }
             if entry.spec.needs_restart_for(&spec) {
-                entry.next = Some(Arc::new(spec));
+                entry.next = Some(Next::new(Arc::new(spec)));
+                entry.clear(&[Problem::NotApplied]);
                 entry.try_again();
             } else {
                 if entry.next.take().is_some() {
-                    entry.clear(&[Problem::Busy]);
+                    entry.clear(&[Problem::Busy, Problem::NotApplied]);
                 }
                 if *entry.spec != spec {
                     entry.spec = Arc::new(spec);

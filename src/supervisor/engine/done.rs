@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use layered_stores_model::{Service, StoreName};
+use layered_stores_model::{Service, StoreName, StoreSpec};
 use layered_stores_overlay::{
     probe::Stale,
     refresh::{Changes, Report, Rung},
@@ -32,6 +32,7 @@ pub(super) enum Done {
     Held(Result<Held, OperationError>),
     OwnerSeen(Option<String>),
     RoomSeen(Result<Room, OperationError>),
+    LookedAhead(Arc<StoreSpec>, Option<Result<(), OperationError>>),
     Job(u64, Option<Result<Vec<Stale>, OperationError>>),
     Served(Option<Service>, Result<(), OperationError>),
     Removed(Result<(), OperationError>),
@@ -55,6 +56,10 @@ impl Engine {
         }
         if let Done::Job(id, brought) = done {
             self.job_came_back(name, id, brought);
+            return;
+        }
+        if let Done::LookedAhead(spec, found) = done {
+            self.has_looked_ahead(name, &spec, found);
             return;
         }
         let Some(entry) = self.entries.get_mut(name) else { return };
@@ -125,7 +130,9 @@ impl Engine {
                 }
             },
             Done::Removed(result) => self.is_removed(name, result),
-            Done::Up(Ok(_)) | Done::LeftOverRemoved(_) | Done::Job(..) | Done::OwnerSeen(_) | Done::RoomSeen(_) => {}
+            // These were taken above.
+            Done::Up(Ok(_)) | Done::LeftOverRemoved(_) | Done::Job(..) | Done::LookedAhead(..) => {}
+            Done::OwnerSeen(_) | Done::RoomSeen(_) => {}
         }
         self.publish(name);
         self.refresh_if_asked(name);
@@ -186,7 +193,7 @@ impl Engine {
         match why {
             Release::Respecify => {
                 if let Some(next) = entry.next.take() {
-                    entry.spec = next;
+                    entry.spec = next.spec;
                 }
                 entry.down();
                 entry.try_again();

@@ -1,5 +1,6 @@
 //! The one task that owns the state of all stores.
 
+mod ahead;
 mod commands;
 mod done;
 mod hold;

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::supervisor::{
     Error,
-    entry::{Entry, Op, answer},
+    entry::{Entry, Next, Op, answer},
     machine::{Begun, Machine},
     plan::{
         Carries, Lower, Phase, Step, View, Want, plan,
@@ -122,7 +122,7 @@ impl Engine {
         } else {
             entry.spec.lower_name().map_or(Lower::Ready, |lower| self.lower_state(lower))
         };
-        let goes_down = entry.want != Want::Up || entry.next.is_some();
+        let goes_down = entry.want != Want::Up || entry.respecifies();
         let carries = if goes_down { self.carries(name) } else { Carries::Nothing };
         let Some(entry) = self.entries.get_mut(name) else { return false };
         let ours = !(goes_down || lower == Lower::Leaving) || self.machine.is_ours(&entry.spec.mount_unit);
@@ -132,12 +132,13 @@ impl Engine {
         let view = View {
             want: entry.want,
             lower,
-            respecify: entry.next.is_some(),
+            respecify: entry.respecifies(),
             carries,
             ours,
             repair: entry.retries.may_repair(now),
             retry: entry.retries.is_allowed(),
             serve: entry.is_to_be_served(),
+            look_ahead: entry.is_to_be_looked_ahead(),
             phase: &entry.phase,
             mount: &entry.mount,
         };
@@ -181,6 +182,10 @@ impl Engine {
                 let service = entry.spec.service();
                 self.begin(name, Op::Serve, Machine::serve, |result| Done::Served(service, result));
                 false
+            }
+            Step::LookAhead => {
+                self.look_ahead(name);
+                true
             }
             Step::Refuse => {
                 let above: Vec<_> = self.on_top_of(name).map(|entry| entry.spec.name.to_string()).collect();
@@ -255,7 +260,7 @@ impl Engine {
         let is_mounted = |entry: &Entry| matches!(entry.mount, MountState::Mounted { .. });
         let above = self.on_top_of(name).map(|entry| OnTop {
             want: entry.want,
-            respecify: entry.next.is_some(),
+            respecify: entry.respecifies(),
             is_given_up: entry.is_given_up(),
             is_not_ours: is_mounted(entry) && !self.machine.is_ours(&entry.spec.mount_unit),
             doing: entry.doing(),
@@ -268,7 +273,7 @@ impl Engine {
         let Some(entry) = self.entries.get(lower) else { return Lower::Unavailable };
         stack::lower(&Underneath {
             want: entry.want,
-            respecify: entry.next.is_some(),
+            respecify: entry.respecifies(),
             is_active: entry.phase == Phase::Active,
             is_coming_up: entry.is_coming_up(),
             cannot_go: entry.cannot_go(),
@@ -282,7 +287,13 @@ impl Engine {
         let Some(entry) = self.entries.get_mut(name) else { return };
         match &entry.phase {
             Phase::Active => {
-                answer(std::mem::take(&mut entry.waiting.starting), &Ok(()));
+                // It may be about to change.
+                let is_looked_ahead = entry.next.as_ref().is_some_and(Next::is_being_looked_at);
+                if !is_looked_ahead {
+                    let not_applied = entry.message(Problem::NotApplied).map(str::to_owned);
+                    let answered = not_applied.map_or(Ok(()), |why| Err(Error::StartFailed(name.clone(), why)));
+                    answer(std::mem::take(&mut entry.waiting.starting), &answered);
+                }
                 self.refresh_if_asked(name);
             }
             Phase::Failed { .. } => {

@@ -87,7 +87,10 @@ impl Engine {
             }
         };
         let uses = |entry: &&Entry| {
-            [Some(&entry.spec), entry.next.as_ref()].into_iter().flatten().any(|spec| spec.is_of(&name, &directory))
+            [Some(&entry.spec), entry.next.as_ref().map(|next| &next.spec)]
+                .into_iter()
+                .flatten()
+                .any(|spec| spec.is_of(&name, &directory))
         };
         if let Some(user) = self.entries.values().find(uses) {
             let why = format!("store {:?} has directories in {directory}", user.spec.name.as_str());

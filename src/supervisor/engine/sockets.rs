@@ -24,7 +24,7 @@ impl Engine {
             let is_served = entry.serving.had_daemon_at(asked)
                 && entry.phase == Phase::Active
                 && entry.want == Want::Up
-                && entry.next.is_none()
+                && !entry.respecifies()
                 && entry.op != Some(Op::Serve);
             let why = match sockets.get(name) {
                 Some(SocketState::Listening | SocketState::Changing) => continue,

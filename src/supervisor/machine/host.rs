@@ -191,6 +191,10 @@ impl Machine for Host {
         self.begin(spec, |tools, errand| operation::start(tools, errand, lock))
     }
 
+    fn look_ahead(&self, spec: &Arc<StoreSpec>) -> Operated<()> {
+        self.begin(spec, operation::look_ahead)
+    }
+
     fn adopt(&self, spec: &Arc<StoreSpec>, locked: bool, differ: bool) -> Operated<Up> {
         self.begin(spec, |tools, errand| operation::adopt(tools, errand, locked, differ))
     }

@@ -28,12 +28,14 @@ pub(in crate::supervisor) struct Underneath {
 
 /// What a store is for those on top of it.
 pub(in crate::supervisor) fn lower(of: &Underneath) -> Lower {
+    if of.want != Want::Up {
+        return Lower::Unavailable;
+    }
     if of.respecify {
         // As long as it hangs, is in use, or is not the daemon's to take down, nobody knows how long it will be.
         return if of.is_stuck || of.cannot_go { Lower::Unavailable } else { Lower::Leaving };
     }
     match of.doing {
-        _ if of.want != Want::Up => Lower::Unavailable,
         // On its way down it would be gone from beneath what was begun on it.
         Doing::Nothing | Doing::SomethingElse if of.is_active => Lower::Ready,
         _ if of.is_stuck => Lower::Unavailable,
@@ -100,6 +102,7 @@ mod tests {
             ("one that is to be down is not", Underneath { want: Want::Down, ..UP }, Lower::Unavailable),
             ("one that is to be gone is not", Underneath { want: Want::Gone, ..UP }, Lower::Unavailable),
             ("for one that changes they make way", changes, Lower::Leaving),
+            ("not for one that does not come back", Underneath { want: Want::Down, ..changes }, Lower::Unavailable),
             ("but not when it hangs", Underneath { is_stuck: true, ..changes }, Lower::Unavailable),
             ("and not when it is in use", Underneath { cannot_go: true, ..changes }, Lower::Unavailable),
         ] {

@@ -170,6 +170,10 @@ impl Machine for Simulated {
         self.begin(spec, |doing| doing.start(lock))
     }
 
+    fn look_ahead(&self, spec: &Arc<StoreSpec>) -> Operated<()> {
+        self.begin(spec, Doing::look_ahead)
+    }
+
     fn adopt(&self, spec: &Arc<StoreSpec>, locked: bool, _: bool) -> Operated<Up> {
         self.begin(spec, |doing| doing.adopt(locked))
     }

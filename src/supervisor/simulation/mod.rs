@@ -75,6 +75,8 @@ enum Event {
     Use(usize, bool),
     Left(usize, usize),
     Full(usize, bool),
+    /// Whether with another declaration a store would not come up.
+    CannotChange(usize, bool),
     SocketFails(usize),
     /// The daemon is killed, and started again.
     Kill,
@@ -233,6 +235,7 @@ impl Play {
             Event::Use(of, is_used) => world.lock().store(&name(of)).in_use = is_used,
             Event::Left(of, left) => world.lock().store(&name(of)).left = left,
             Event::Full(of, is_full) => world.lock().store(&name(of)).full = is_full,
+            Event::CannotChange(of, cannot) => world.lock().store(&name(of)).cannot_change = cannot,
             Event::SocketFails(of) => {
                 if let Some(socket) = world.lock().sockets.get_mut(&name(of)) {
                     *socket = SocketState::Failed("trigger-limit-hit".to_owned());
@@ -281,6 +284,7 @@ impl Play {
             let mut world = self.world.lock();
             let store = world.store(&name(of));
             (store.hangs, store.failures, store.in_use, store.left, store.full) = (false, 0, false, 0, false);
+            store.cannot_change = false;
             drop(world);
             while self.spec_in_force(&name(of)).is_some_and(|spec| {
                 let point = spec.layers.merged.as_str();
@@ -444,10 +448,14 @@ impl Daemon {
     }
 }
 
+fn with_paused_clock<T>(story: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    runtime.expect("a runtime").block_on(story)
+}
+
 /// Plays events, and returns what must not have happened.
 fn play(seed: u64, can_swap: bool, declared: &[Declared; 3], events: Vec<Event>) -> Vec<String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-    runtime.expect("a runtime").block_on(async {
+    with_paused_clock(async {
         let mut play = Play::begin(seed, can_swap, declared).await;
         for event in events {
             play.befall(event).await;

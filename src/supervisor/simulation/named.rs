@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use super::{
     Declared,
-    Event::{Change, Hang, Kill, MountByHand, MountForeign, Reload, Restart, SocketFails, Start, Stop, Unmount, Wait},
-    play,
+    Event::{
+        CannotChange, Change, Fail, GoOn, Hang, Kill, MountByHand, MountForeign, Reload, Remount, Restart, SocketFails,
+        Start, Stop, Unmount, Wait,
+    },
+    Play, Problem, State, has, name, play, with_paused_clock,
 };
+use crate::supervisor::Asker;
 
 const NO: Declared = Declared { there: false, autostart: false, noatime: false, daemon: false };
 const AUTO: Declared = Declared { there: true, autostart: true, noatime: false, daemon: false };
@@ -94,4 +98,45 @@ fn a_socket_that_fails_at_once_is_seen_to() {
     for wait in (0..2000).step_by(100) {
         holds(2490941471149497150, [served, NO, NO], vec![milliseconds(wait), SocketFails(0)]);
     }
+}
+
+/// Has a store that is up declared otherwise, while it could not come up like that, and then could.
+fn goes_on_as_it_was(what_is_wrong: super::Event, what_puts_it_right: super::Event) {
+    with_paused_clock(async {
+        let mut play = Play::begin(0, true, &[AUTO, NO, AUTO]).await;
+        let changed = Reload([noatime(AUTO), NO, AUTO]);
+        for event in [milliseconds(5000), what_is_wrong, changed, milliseconds(15_000), Remount(0, Asker::Root)] {
+            play.befall(event).await;
+        }
+        let status = |play: &Play, of| play.status(&name(of)).expect("declared");
+        let is_changed = |play: &Play| status(play, 0).spec.layers.options != status(play, 2).spec.layers.options;
+        assert_eq!([0, 2].map(|of| status(&play, of).state), [State::Active; 2]);
+        assert!(!is_changed(&play) && has(&status(&play, 0), Problem::NotApplied));
+        play.befall(what_puts_it_right).await;
+        play.befall(milliseconds(301_000)).await;
+        assert!(play.waiters.is_empty(), "who has reloaded was answered");
+        assert!(is_changed(&play) && !has(&status(&play, 0), Problem::NotApplied));
+        play.check();
+        assert_eq!(play.violations(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_store_that_would_not_come_up_as_it_is_declared_now_goes_on_as_it_was() {
+    goes_on_as_it_was(CannotChange(0, true), CannotChange(0, false));
+}
+
+#[test]
+fn a_store_whose_next_directories_do_not_answer_goes_on_as_it_was() {
+    goes_on_as_it_was(Hang(0), GoOn(0));
+}
+
+#[test]
+fn a_store_that_is_not_to_come_back_does_not_have_those_on_it_make_way() {
+    let declared = [noatime(BY_HAND), AUTO, noatime(BY_HAND)];
+    holds(
+        5396678929305429826,
+        [AUTO, NO, noatime(AUTO)],
+        vec![Kill, milliseconds(10), Remount(2, Asker::Root), Reload(declared), Kill, Fail(2, 1), milliseconds(2)],
+    );
 }

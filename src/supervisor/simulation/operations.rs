@@ -160,6 +160,12 @@ impl Doing {
         Up { held, mount: None, changes, owner_uid: super::OWNER, room, served }
     }
 
+    pub(super) async fn look_ahead(self) -> Result<()> {
+        self.step(Spot::Lower).await?;
+        let cannot_change = self.world.lock().store(self.name()).cannot_change;
+        if cannot_change { Err(failed("its directories are not there")) } else { Ok(()) }
+    }
+
     pub(super) async fn start(self, lock: Option<Guard>) -> Result<Up> {
         let _alone = self.alone("start");
         self.having_seen("start", |seen| *seen == MountState::Absent);

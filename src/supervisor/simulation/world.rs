@@ -77,6 +77,8 @@ pub(super) struct Store {
     pub(super) busy_with: Option<&'static str>,
     /// Somebody has asked for its data to be removed.
     pub(super) may_be_emptied: bool,
+    /// The directories of its next specification are not there, or not its own.
+    pub(super) cannot_change: bool,
 }
 
 /// All that there is.

@@ -22,13 +22,14 @@ pub(crate) fn refuse_strange_work(work: BorrowedFd<'_>, path: &AbsolutePath) -> 
     let is_works = |name: &[u8]| name.starts_with(b"#") || name == b"incompat";
     // File handles in hexadecimal, of an overlay that had an index (`ovl_get_index_name`, `OVL_FH_MAGIC`).
     let is_indexs = |name: &[u8]| name.starts_with(b"#") || name.starts_with(b"00fb");
-    let strange = strange_in(work, is_known).map_err(list)?;
-    let of_kernels: [(&str, &dyn Fn(&[u8]) -> bool); 2] = [(KERNELS[0], &is_works), (KERNELS[1], &is_indexs)];
-    let below = of_kernels.into_iter().find_map(|(name, is_known)| {
-        let strange = kernels_own(work, name).and_then(|dir| dir.map_or(Ok(None), |dir| strange_in(dir, is_known)));
-        strange.map(|strange| strange.map(|found| format!("{name}/{found}"))).transpose()
-    });
-    let strange = strange.map(Ok).or(below).transpose().map_err(list)?;
+    let mut strange = strange_in(work, is_known).map_err(list)?;
+    for (name, is_its_own) in [(KERNELS[0], &is_works as &dyn Fn(&[u8]) -> bool), (KERNELS[1], &is_indexs)] {
+        if strange.is_none()
+            && let Some(below) = kernels_own(work, name).map_err(list)?
+        {
+            strange = strange_in(below, is_its_own).map_err(list)?.map(|found| format!("{name}/{found}"));
+        }
+    }
     strange.map_or(Ok(()), |example| Err(LayersError::WorkNotEmpty { path: path.clone(), example }))
 }
 
