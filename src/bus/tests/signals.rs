@@ -1,6 +1,13 @@
 //! Signals: what a client knows that has asked once and has listened since is what there is.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use layered_stores_client::store_path;
 use proptest::{prelude::*, test_runner::RngSeed};
@@ -76,6 +83,41 @@ fn stores_that_come_and_go_are_told_of() {
             assert_eq!(picture.stores(), stores);
             assert_eq!(setup.look_at(&picture).await, Ok(()));
         }
+    });
+}
+
+#[test]
+fn who_has_asked_in_between_is_told_of_what_has_changed_back() {
+    const HOUR: u64 = 3600;
+    simulation::run(async {
+        let seconds = Arc::<AtomicU64>::default();
+        let pause = {
+            let seconds = Arc::clone(&seconds);
+            move || Duration::from_secs(seconds.load(Ordering::Relaxed))
+        };
+        let mut setup = Setup::begin(1, true, [AUTO, AUTO, NO], pause).await;
+        setup.wait(60).await;
+        // The bus is full, and a signal about another store has to wait.
+        seconds.store(HOUR, Ordering::Relaxed);
+        for _ in 0..3 {
+            let manager = manager(&setup.client(7).await).await;
+            tokio::spawn(async move { manager.list_stores().await });
+        }
+        setup.wait(1).await;
+        setup.befall(Event::Stop(0)).await;
+        setup.wait(60).await;
+        setup.befall(Event::Full(1, true)).await;
+        setup.wait(120).await;
+        let picture = tokio::spawn(Picture::begin(setup.client(7).await));
+        setup.wait(1).await;
+        setup.befall(Event::Full(1, false)).await;
+        setup.wait(120).await;
+        seconds.store(0, Ordering::Relaxed);
+        setup.wait(2 * HOUR).await;
+        let picture = picture.await.expect("a picture");
+        assert_eq!(setup.look_at(&picture).await, Ok(()));
+        let told = |(path, news): (String, Vec<String>)| path.ends_with("/b") && news == ["Problems"];
+        assert!(picture.told().into_iter().any(told), "it was right by itself: nothing was asked in between");
     });
 }
 
