@@ -1,9 +1,20 @@
 //! The daemon's connections to the system bus.
 
+use std::sync::Arc;
+
 use zbus::{Connection, fdo, proxy::CacheProperties};
 use zbus_polkit::policykit1::AuthorityProxy;
 
-use super::{authorization::Authorization, gate, questions::Questions};
+use super::{
+    authorization::Authorization,
+    gate::{self, Gate},
+    questions::Questions,
+};
+
+/// The bus itself, asked over a connection.
+pub(super) async fn bus_over(connection: &Connection) -> zbus::Result<fdo::DBusProxy<'static>> {
+    fdo::DBusProxy::builder(connection).cache_properties(CacheProperties::No).build().await
+}
 
 /// The daemon's connections to the system bus: each fills up, waits or is held up for itself.
 #[derive(Debug)]
@@ -23,12 +34,22 @@ impl Connections {
     /// # Errors
     /// When the bus does not answer.
     pub async fn open() -> zbus::Result<Self> {
-        let questions = gate::connect_for_calls().await?;
-        let bus = fdo::DBusProxy::builder(&questions).cache_properties(CacheProperties::No).build().await?;
-        let polkit = AuthorityProxy::builder(&questions).cache_properties(CacheProperties::No).build().await?;
+        let bus = bus_over(&gate::connect_for_calls().await?).await?;
         let (serving, gate) = gate::connect(bus.clone()).await?;
+        Self::of(bus, serving, gate, gate::connect_for_calls().await?).await
+    }
+
+    /// Takes connections that there are. `bus` is asked over one for calls of our own.
+    pub(super) async fn of(
+        bus: fdo::DBusProxy<'static>,
+        serving: Connection,
+        gate: Arc<Gate>,
+        engine: Connection,
+    ) -> zbus::Result<Self> {
+        let questions = bus.inner().connection().clone();
+        let polkit = AuthorityProxy::builder(&questions).cache_properties(CacheProperties::No).build().await?;
         let authorization = Authorization::new(bus.clone(), gate, Questions::new(bus, polkit));
-        Ok(Self { serving, engine: gate::connect_for_calls().await?, questions, authorization })
+        Ok(Self { serving, engine, questions, authorization })
     }
 
     /// Returns when one of them is lost. They are of no use without each other.

@@ -9,6 +9,8 @@ mod manager;
 mod publisher;
 mod questions;
 mod store;
+#[cfg(test)]
+mod tests;
 mod waiting;
 
 pub use connections::Connections;

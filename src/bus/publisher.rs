@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -30,8 +30,8 @@ pub struct Publisher {
     connection: Connection,
     handle: Handle,
     authorization: Authorization,
-    /// Changes that are gathered to be sent as one signal a store: the status as clients know it.
-    changed: BTreeMap<StoreName, (Box<Status>, StatusCell)>,
+    /// Changes that are gathered to be sent as one signal a store: all that it was since the last one.
+    changed: BTreeMap<StoreName, (Vec<Status>, StatusCell)>,
 }
 
 impl Publisher {
@@ -74,7 +74,7 @@ impl Publisher {
             }
             Event::Changed { old, cell } => {
                 let name = old.name().clone();
-                self.changed.entry(name).or_insert((old, cell));
+                self.changed.entry(name).or_insert_with(|| (Vec::new(), cell)).0.push(*old);
             }
             Event::Removed(name) => {
                 self.changed.remove(&name);
@@ -119,13 +119,20 @@ impl Publisher {
     /// # Errors
     /// When the connection is lost.
     pub async fn flush(&mut self) -> zbus::Result<()> {
-        for (name, (old, cell)) in std::mem::take(&mut self.changed) {
+        for (name, (earlier, cell)) in std::mem::take(&mut self.changed) {
             let emitter = SignalEmitter::new(&self.connection, store_path(&name))?;
-            let old = self.properties(StatusCell::new(*old), &emitter).await?;
-            let mut changed = self.properties(cell, &emitter).await?;
-            changed.retain(|property, value| old.get(property) != Some(value));
-            if !changed.is_empty() {
-                let (names, values): (Vec<String>, Vec<OwnedVariant>) = changed.into_iter().unzip();
+            let now = self.properties(cell, &emitter).await?;
+            // What has changed and changed back is told as well: a client may have asked in between, and a signal tells what is
+            // there when it is made, which may be ahead of what it is made for.
+            let mut names = BTreeSet::new();
+            for status in earlier {
+                let then = self.properties(StatusCell::new(status), &emitter).await?;
+                let other = now.iter().filter(|(name, value)| then.get(*name) != Some(*value));
+                names.extend(other.map(|(name, _)| name.clone()));
+            }
+            let changed = now.into_iter().filter(|(name, _)| names.contains(name));
+            let (names, values): (Vec<String>, Vec<OwnedVariant>) = changed.unzip();
+            if !names.is_empty() {
                 let changed = names.iter().map(String::as_str).zip(values.into_iter().map(Variant::from)).collect();
                 let interface: InterfaceName<'_> = Store::name();
                 fdo::Properties::properties_changed(&emitter, interface, changed, Cow::Borrowed(&[])).await?;

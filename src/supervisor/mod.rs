@@ -23,7 +23,7 @@ mod retirement;
 mod room;
 mod schedule;
 #[cfg(test)]
-mod simulation;
+pub(crate) mod simulation;
 mod status;
 mod threads;
 mod whereabouts;

@@ -119,6 +119,13 @@ impl Gate {
         // Nothing that holds it can panic halfway through a change.
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// A gate that nobody comes through, so that the bus is asked about everybody.
+    #[cfg(test)]
+    pub(super) fn unused() -> Arc<Self> {
+        let (strangers, refusals) = (mpsc::unbounded_channel().0, mpsc::channel(1).0);
+        Arc::new(Self { limits: Mutex::default(), news: Notify::new(), strangers, refusals })
+    }
 }
 
 /// Connects to the system bus, with calls coming in through a gate. `bus` is asked who callers are.

@@ -18,6 +18,7 @@ use layered_stores_overlay::{
     probe::Stale,
     progress::{Progress, Spot},
     refresh::Changes,
+    remove::RemoveError,
     room::Room,
     swap::OldSuperblock,
 };
@@ -26,7 +27,7 @@ use tokio::{sync::mpsc::WeakSender, time::Instant};
 
 use super::{
     operations::{Doing, Old, Waits},
-    world::{STATE_DIR, Store, World, text},
+    world::{NAMES, STATE_DIR, Store, World, parse, text},
 };
 use crate::supervisor::{
     handle::Command,
@@ -138,7 +139,9 @@ impl Machine for Simulated {
         let world = Arc::clone(&self.0);
         Box::pin(async move {
             tokio::time::sleep(world.pause()).await;
-            Ok(world.lock().config())
+            let world = world.lock();
+            let read = world.mistaken.as_deref().map_or_else(|| Ok(world.config()), parse);
+            read.map_err(|diagnostics| ConfigError::Invalid { path: PathBuf::from("/config.toml"), diagnostics })
         })
     }
 
@@ -228,19 +231,20 @@ impl Machine for Simulated {
         self.begin(spec, Doing::room)
     }
 
-    fn verify(&self, spec: &Arc<StoreSpec>, _: Option<MountId>, _: Arc<Progress>) -> Operated<Vec<Stale>> {
-        self.begin(spec, Doing::verify)
+    fn verify(&self, spec: &Arc<StoreSpec>, _: Option<MountId>, progress: Arc<Progress>) -> Operated<Vec<Stale>> {
+        self.begin(spec, |doing| doing.verify(progress))
     }
 
     fn remove(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>, _: Option<AbsolutePath>) -> Operated<()> {
         self.begin(spec, |doing| doing.remove(lock))
     }
 
-    fn remove_left_over(&self, _: AbsolutePath) -> Later<'static, Result<(), OperationError>> {
+    fn remove_left_over(&self, directory: AbsolutePath) -> Later<'static, Result<(), OperationError>> {
         let world = Arc::clone(&self.0);
         Box::pin(async move {
             tokio::time::sleep(world.pause()).await;
-            Ok(())
+            let is_known = NAMES.iter().any(|name| directory.as_path().ends_with(name));
+            if is_known { Ok(()) } else { Err(RemoveError::Nothing(directory).into()) }
         })
     }
 }

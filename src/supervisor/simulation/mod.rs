@@ -2,11 +2,14 @@
 //!
 //! Time is simulated as well (tokio's paused clock): what takes half an hour takes a millisecond. A daemon can be killed between
 //! any two steps of anything, and the next one finds the machine as it was left.
+//!
+//! `src/bus/tests` puts the D-Bus API on top of it.
 
+mod check;
 mod machine;
 mod named;
 mod operations;
-mod properties;
+pub(crate) mod properties;
 mod world;
 
 use std::{fmt::Write as _, sync::Arc, time::Duration};
@@ -28,7 +31,7 @@ use super::{
 use crate::systemd::SocketState;
 
 /// The user who owns all stores.
-const OWNER: u32 = 1000;
+pub(crate) const OWNER: u32 = 1000;
 
 /// Whoever asks for something is answered by then, whatever hangs: a start has to wait for the store underneath, which may have
 /// to be given up on first.
@@ -39,24 +42,26 @@ const REST: Duration = Duration::from_secs(40 * 60);
 
 /// How a store is declared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Declared {
-    there: bool,
-    autostart: bool,
+pub(crate) struct Declared {
+    pub(crate) there: bool,
+    pub(crate) autostart: bool,
     /// With another mount option, which takes a restart of the store.
-    noatime: bool,
+    pub(crate) noatime: bool,
     /// With a Nix daemon.
-    daemon: bool,
+    pub(crate) daemon: bool,
 }
 
 /// Something that befalls the daemon or its machine. Numbers are those of stores.
 #[derive(Clone, Debug)]
-enum Event {
+pub(crate) enum Event {
     Start(usize),
     Stop(usize),
     Remount(usize, Asker),
     Verify(usize),
     RemoveData(usize),
     Reload([Declared; 3]),
+    /// Mistakes are written into the file of the configuration, or corrected.
+    Mistake(bool),
     /// A name of a layer changes: whether only a swap helps, and whether the daemon is told.
     Change(usize, u8, bool, bool),
     /// Somebody takes a store's mount away.
@@ -85,7 +90,7 @@ enum Event {
     Wait(Duration),
 }
 
-fn name(number: usize) -> StoreName {
+pub(crate) fn name(number: usize) -> StoreName {
     NAMES[number].parse().expect("valid")
 }
 
@@ -127,18 +132,32 @@ struct Waiter {
 }
 
 /// The machine, its daemon, and everybody else.
-struct Play {
+pub(crate) struct Play {
     world: Arc<World>,
     daemon: Daemon,
     waiters: Vec<Waiter>,
+    tell: Tell,
 }
 
+/// Takes the news of a daemon that begins.
+pub(crate) type Tell = Box<dyn Fn(Handle, mpsc::UnboundedReceiver<News>)>;
+
 impl Play {
-    async fn begin(seed: u64, can_swap: bool, declared: &[Declared; 3]) -> Self {
+    pub(crate) async fn begin(seed: u64, can_swap: bool, declared: &[Declared; 3], tell: Tell) -> Self {
         let world = World::new(seed, can_swap);
         world.lock().configuration = configuration(declared);
-        let daemon = Daemon::start(&world).await;
-        Self { world, daemon, waiters: Vec::new() }
+        let daemon = Daemon::start(&world, &tell).await;
+        Self { world, daemon, waiters: Vec::new(), tell }
+    }
+
+    /// Writes a configuration that is not read before somebody asks for that.
+    pub(crate) fn declare(&self, declared: &[Declared; 3]) {
+        self.world.lock().configuration = configuration(declared);
+    }
+
+    /// The way to the daemon that runs.
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.daemon.handle
     }
 
     fn ask<T: Send + 'static>(&mut self, what: String, command: impl FnOnce(Reply<T>) -> Command + Send + 'static) {
@@ -163,7 +182,7 @@ impl Play {
     }
 
     /// The configured specification of a store.
-    fn spec(&self, name: &StoreName) -> Option<StoreSpec> {
+    pub(crate) fn spec(&self, name: &StoreName) -> Option<StoreSpec> {
         self.world.lock().config().stores.into_iter().find(|spec| spec.name == *name)
     }
 
@@ -173,7 +192,7 @@ impl Play {
         recorded.or_else(|| self.spec(name))
     }
 
-    async fn befall(&mut self, event: Event) {
+    pub(crate) async fn befall(&mut self, event: Event) {
         let world = Arc::clone(&self.world);
         match event {
             Event::Start(of) => self.ask(format!("start {of}"), move |reply| Command::Start(name(of), reply)),
@@ -187,8 +206,12 @@ impl Play {
                 self.ask(format!("remove-data {of}"), move |reply| Command::RemoveData(name(of), reply));
             }
             Event::Reload(declared) => {
-                world.lock().configuration = configuration(&declared);
+                self.declare(&declared);
                 self.ask("reload".to_owned(), Command::Reload);
+            }
+            Event::Mistake(is_there) => {
+                let text = format!("{}[stores.a.b]\n", world.lock().configuration);
+                world.lock().mistaken = is_there.then_some(text);
             }
             Event::Change(of, path, needs_swap, is_seen) => {
                 let path = format!("path-{path}");
@@ -245,7 +268,7 @@ impl Play {
             Event::Kill => {
                 self.daemon.engine.abort();
                 let _ = (&mut self.daemon.engine).await;
-                self.daemon = Daemon::start(&world).await;
+                self.daemon = Daemon::start(&world, &self.tell).await;
             }
             Event::Restart => {
                 let begun = Instant::now();
@@ -255,7 +278,7 @@ impl Play {
                 if !matches!(ended, Ok(Ok(()))) || begun.elapsed() > Duration::from_secs(3) {
                     world.blame(format!("the daemon ended with {ended:?} after {:?}", begun.elapsed()));
                 }
-                self.daemon = Daemon::start(&world).await;
+                self.daemon = Daemon::start(&world, &self.tell).await;
             }
             Event::Wait(time) => tokio::time::sleep(time).await,
         }
@@ -279,7 +302,7 @@ impl Play {
     }
 
     /// Has all that is in the way go away, and everything come to rest.
-    async fn rest(&mut self) {
+    pub(crate) async fn rest(&mut self) {
         for of in 0..NAMES.len() {
             let mut world = self.world.lock();
             let store = world.store(&name(of));
@@ -300,95 +323,6 @@ impl Play {
 
     fn status(&self, name: &StoreName) -> Option<Status> {
         self.daemon.handle.store(name.as_str()).ok().map(|cell| cell.get())
-    }
-
-    /// What all stores have come to, in words that can be compared.
-    fn come_to(&self) -> Vec<String> {
-        let of = |number| {
-            let name = name(number);
-            // What somebody else has mounted is left alone, and what one daemon knows of it the next need not.
-            let is_theirs = self.spec_in_force(&name).is_some_and(|spec| {
-                let mut world = self.world.lock();
-                world.state(&spec.layers) != MountState::Absent && !world.store(&name).unit
-            });
-            match self.status(&name) {
-                _ if is_theirs => format!("{name}: theirs"),
-                Some(status) if status.declared || self.world.lock().store(&name).unit => {
-                    format!("{name}: {}", status.state)
-                }
-                _ => format!("{name}: gone"),
-            }
-        };
-        (0..NAMES.len()).map(of).collect()
-    }
-
-    /// Looks whether everything at rest is as it is said to be.
-    fn check(&self) {
-        for of in 0..NAMES.len() {
-            let name = name(of);
-            let Some(status) = self.status(&name) else {
-                self.check_gone(&name);
-                continue;
-            };
-            let declared = self.spec(&name);
-            let mut wrong = Vec::new();
-            let mut world = self.world.lock();
-            let mount = world.state(&status.spec.layers);
-            let served = world.sockets.get(&name).cloned();
-            let can_swap = world.can_swap;
-            let store = world.store(&name);
-            let is_mounted = matches!(mount, MountState::Mounted { twice: false, .. });
-            match status.state {
-                State::Active => {
-                    wrong.extend((!is_mounted).then_some("it is not mounted"));
-                    wrong.extend((!store.locked).then_some("it is not locked"));
-                    wrong.extend(store.record.is_none().then_some("it has no record"));
-                    let is_served = served == Some(SocketState::Listening);
-                    wrong.extend(
-                        (is_served != status.spec.daemon.is_some()).then_some("its Nix daemon is not as declared"),
-                    );
-                    let stale = store.stale.values().any(|needs_swap| !*needs_swap);
-                    wrong.extend(stale.then_some("a path is stale that a reconfigure cures"));
-                    let stale = can_swap && !store.lost && (store.behind || !store.stale.is_empty());
-                    wrong.extend(stale.then_some("a path is stale that a swap cures"));
-                }
-                State::Inactive => {
-                    wrong.extend((mount != MountState::Absent).then_some("it is mounted"));
-                    wrong.extend(store.locked.then_some("it is locked"));
-                }
-                // Given up on until somebody asks.
-                State::Failed => {}
-                State::Activating | State::Deactivating => wrong.push("it is not at rest"),
-            }
-            let is_busy = has(&status, Problem::Busy);
-            match declared {
-                Some(spec) if is_mounted && store.unit && *status.spec != spec && !is_busy => {
-                    wrong.push("it is not as declared");
-                }
-                None if store.unit && !is_busy => wrong.push("it is declared no more, and not gone"),
-                _ => {}
-            }
-            wrong.extend(store.busy_with.is_some().then_some("something is being done about it"));
-            wrong.extend(has(&status, Problem::Stuck).then_some("it is said to be stuck"));
-            drop(world);
-            for wrong in wrong {
-                let problems = &status.problems;
-                let reason = &status.state_reason;
-                self.world.blame(format!("{name} is {} ({reason}), {problems:?}, {mount:?}: {wrong}", status.state));
-            }
-        }
-    }
-
-    /// Looks whether nothing is left of a store that the daemon does not know. What could not be undone is for the
-    /// next daemon, which the record tells of it.
-    fn check_gone(&self, name: &StoreName) {
-        let mut world = self.world.lock();
-        let store = world.store(name);
-        let is_left = store.locked || (store.unit && store.record.is_none());
-        let text = format!("{name} is forgotten, and not all is undone: {store:?}");
-        if is_left {
-            world.violations.push(text);
-        }
     }
 
     /// Has everybody start what is declared, and refresh it, after which all is as it should be.
@@ -417,26 +351,19 @@ impl Play {
     }
 
     /// What must not have happened.
-    fn violations(&self) -> Vec<String> {
+    pub(crate) fn violations(&self) -> Vec<String> {
         self.world.lock().violations.clone()
     }
 }
 
 impl Daemon {
-    async fn start(world: &Arc<World>) -> Self {
-        let (events, mut news) = mpsc::unbounded_channel();
+    async fn start(world: &Arc<World>, tell: &Tell) -> Self {
+        let (events, news) = mpsc::unbounded_channel();
         let state_dir = STATE_DIR.parse().expect("valid");
         let config = world.lock().config();
         let machine = Arc::new(Simulated(Arc::clone(world)));
         let (engine, handle) = Engine::on(machine, state_dir, config, events).await.expect("an engine");
-        tokio::spawn(async move {
-            while let Some(news) = news.recv().await {
-                // As the bus does it, once there is an object for the job.
-                if let News::Job(JobNews::Asked(asked, reply)) = news {
-                    let _ = reply.send(Ok(asked));
-                }
-            }
-        });
+        tell(handle.clone(), news);
         let (stop, stops) = oneshot::channel();
         let stops = async move {
             // Whoever drops the sender has something else in mind.
@@ -448,15 +375,27 @@ impl Daemon {
     }
 }
 
-fn with_paused_clock<T>(story: impl Future<Output = T>) -> T {
+/// Tells nobody, and has askers of jobs go on as the bus does, once there is an object for the job.
+fn tell_nobody(_: Handle, mut news: mpsc::UnboundedReceiver<News>) {
+    tokio::spawn(async move {
+        while let Some(news) = news.recv().await {
+            if let News::Job(JobNews::Asked(asked, reply)) = news {
+                let _ = reply.send(Ok(asked));
+            }
+        }
+    });
+}
+
+/// Runs a test on one thread, with a clock that jumps to the next time at which there is something to do.
+pub(crate) fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-    runtime.expect("a runtime").block_on(story)
+    runtime.expect("a runtime").block_on(test)
 }
 
 /// Plays events, and returns what must not have happened.
 fn play(seed: u64, can_swap: bool, declared: &[Declared; 3], events: Vec<Event>) -> Vec<String> {
-    with_paused_clock(async {
-        let mut play = Play::begin(seed, can_swap, declared).await;
+    run(async {
+        let mut play = Play::begin(seed, can_swap, declared, Box::new(tell_nobody)).await;
         for event in events {
             play.befall(event).await;
         }

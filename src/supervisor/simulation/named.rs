@@ -10,7 +10,7 @@ use super::{
         CannotChange, Change, Fail, GoOn, Hang, Kill, MountByHand, MountForeign, Reload, Remount, Restart, SocketFails,
         Start, Stop, Unmount, Wait,
     },
-    Play, Problem, State, has, name, play, with_paused_clock,
+    Play, Problem, State, has, name, play, run, tell_nobody,
 };
 use crate::supervisor::Asker;
 
@@ -102,8 +102,8 @@ fn a_socket_that_fails_at_once_is_seen_to() {
 
 /// Has a store that is up declared otherwise, while it could not come up like that, and then could.
 fn goes_on_as_it_was(what_is_wrong: super::Event, what_puts_it_right: super::Event) {
-    with_paused_clock(async {
-        let mut play = Play::begin(0, true, &[AUTO, NO, AUTO]).await;
+    run(async {
+        let mut play = Play::begin(0, true, &[AUTO, NO, AUTO], Box::new(tell_nobody)).await;
         let changed = Reload([noatime(AUTO), NO, AUTO]);
         for event in [milliseconds(5000), what_is_wrong, changed, milliseconds(15_000), Remount(0, Asker::Root)] {
             play.befall(event).await;

@@ -7,7 +7,7 @@ use layered_stores_model::{StoreName, StoreSpec};
 use layered_stores_overlay::{
     mountinfo::MountState,
     probe::{Stale, Symptom},
-    progress::Spot,
+    progress::{self, Progress, Spot},
     refresh::{Changes, Fingerprint, Outcome, Report, Rung},
     room::Room,
     swap::{OldSuperblock, RetireError},
@@ -24,6 +24,9 @@ use crate::{
     },
     systemd::SocketState,
 };
+
+/// How many paths a look at all of them comes by.
+pub(super) const PATHS: u64 = 4;
 
 type Result<T> = std::result::Result<T, OperationError>;
 
@@ -405,8 +408,12 @@ impl Doing {
         Ok(if full { Room::ReadOnly(Errno::ROFS) } else { Room::Enough })
     }
 
-    pub(super) async fn verify(self) -> Result<Vec<Stale>> {
-        self.step(Spot::Merged).await?;
+    pub(super) async fn verify(self, progress: Arc<Progress>) -> Result<Vec<Stale>> {
+        Arc::clone(&progress).follow(|| progress::expect(PATHS));
+        for _ in 0..PATHS {
+            self.step(Spot::Merged).await?;
+            Arc::clone(&progress).follow(progress::one_more);
+        }
         let mut world = self.world.lock();
         let stale = world.store(self.name()).stale.keys();
         Ok(stale.map(|name| Stale { name: name.clone(), symptom: Symptom::OtherFile }).collect())

@@ -7,7 +7,7 @@ use proptest::{prelude::*, test_runner::RngSeed};
 use super::{Declared, Event, OWNER, play};
 use crate::supervisor::Asker;
 
-fn declared() -> impl Strategy<Value = [Declared; 3]> {
+pub(crate) fn declared() -> impl Strategy<Value = [Declared; 3]> {
     let store = (prop::bool::weighted(0.9), prop::bool::weighted(0.9), any::<bool>(), any::<bool>())
         .prop_map(|(there, autostart, noatime, daemon)| Declared { there, autostart, noatime, daemon });
     prop::array::uniform3(store)
@@ -21,7 +21,7 @@ fn askers() -> impl Strategy<Value = Asker> {
     prop_oneof![Just(Asker::Root), Just(Asker::User(OWNER)), Just(Asker::User(7)), Just(Asker::Allowed)]
 }
 
-fn events() -> impl Strategy<Value = Event> {
+pub(crate) fn events() -> impl Strategy<Value = Event> {
     let of = || 0_usize..3;
     prop_oneof![
         12 => waits(),

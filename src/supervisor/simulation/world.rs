@@ -9,7 +9,7 @@ use std::{
 
 use layered_stores_model::{
     Layers, StoreName, StoreSpec,
-    config::{self, Config, Defaults, Keys},
+    config::{self, Config, Defaults, Diagnostic, Keys},
 };
 use layered_stores_overlay::{mountinfo::MountState, options::mount_options, refresh::Changes};
 use tokio::sync::Notify;
@@ -90,6 +90,8 @@ pub(super) struct Contents {
     /// What PID 1 keeps for the next daemon.
     pub(super) kept: BTreeSet<(StoreName, u64)>,
     pub(super) configuration: String,
+    /// What is in the file instead of it and holds mistakes.
+    pub(super) mistaken: Option<String>,
     pub(super) can_swap: bool,
     /// What the daemon saw when it last looked at the mount table.
     pub(super) seen: Vec<Mount>,
@@ -118,6 +120,7 @@ impl World {
             sockets: BTreeMap::new(),
             kept: BTreeSet::new(),
             configuration: String::new(),
+            mistaken: None,
             can_swap,
             seen: Vec::new(),
             violations: Vec::new(),
@@ -168,7 +171,7 @@ impl Contents {
 
     /// The configuration as it is declared now.
     pub(super) fn config(&self) -> Config {
-        parse(&self.configuration)
+        parse(&self.configuration).expect("a configuration without mistakes")
     }
 
     /// Puts a mount on top of all at a point.
@@ -259,8 +262,8 @@ pub(super) fn text(mounts: &[Mount]) -> String {
 }
 
 /// Reads a configuration of the simulated machine.
-pub(super) fn parse(text: &str) -> Config {
+pub(super) fn parse(text: &str) -> Result<Config, Vec<Diagnostic>> {
     let path = |path: &str| path.parse().expect("valid");
     let defaults = Defaults { state_dir: path(STATE_DIR), remount_hook: path("/hook") };
-    config::parse(text, &defaults, Keys::Alone).expect("a configuration without mistakes")
+    config::parse(text, &defaults, Keys::Alone)
 }
