@@ -120,9 +120,9 @@ impl LiveOptions {
             }
             // The kernel shows an option only where it differs from its build's default, so absence says nothing.
             let pinned = PINNED.iter().find(|(pinned, _)| *pinned == key);
-            let same =
-                |&(key, wanted): &(&str, &str)| value == wanted || (key == "redirect_dir" && value == "nofollow");
-            if pinned.is_some_and(|pinned| !same(pinned)) {
+            // `redirect_dir=off` becomes one of two others, by `redirect_always_follow` of the module (`ovl_parse_param`).
+            let is_off = key == "redirect_dir" && matches!(value, "follow" | "nofollow");
+            if pinned.is_some_and(|(_, wanted)| value != *wanted) && !is_off {
                 live.unpinned = Some(option.to_owned());
             }
         }
@@ -183,6 +183,15 @@ mod tests {
         assert!(live.has_layers(&layers()) && !live.read_only && live.unpinned.is_none());
         assert!(LiveOptions::parse("ro,lowerdir=/l/nix/store,upperdir=/u,workdir=/w").read_only);
         assert!(!LiveOptions::parse("rw,lowerdir=/l/nix/store:/x,upperdir=/u,workdir=/w").has_layers(&layers()));
-        assert_eq!(LiveOptions::parse("rw,metacopy=on").unpinned.as_deref(), Some("metacopy=on"));
+        for (shown, unpinned) in [
+            ("rw,metacopy=on", Some("metacopy=on")),
+            ("rw,index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off", None),
+            ("rw,redirect_dir=nofollow", None),
+            ("rw,redirect_dir=follow", None),
+            ("rw,redirect_dir=on", Some("redirect_dir=on")),
+            ("rw,xino=nofollow", Some("xino=nofollow")),
+        ] {
+            assert_eq!(LiveOptions::parse(shown).unpinned.as_deref(), unpinned, "{shown}");
+        }
     }
 }
