@@ -159,6 +159,31 @@ mod tests {
     }
 
     #[test]
+    fn a_store_has_the_flags_that_were_declared_and_of_access_times_the_last() {
+        use MountOption::{Noatime, Nodiratime, Noexec, Relatime, Strictatime};
+        type Attr = MountAttrFlags;
+        for (options, attributes, flags) in [
+            (&[][..], Attr::empty(), MountFlags::RELATIME),
+            (&[Noatime], Attr::MOUNT_ATTR_NOATIME, MountFlags::NOATIME),
+            (&[Strictatime], Attr::MOUNT_ATTR_STRICTATIME, MountFlags::STRICTATIME),
+            (&[Strictatime, Noatime], Attr::MOUNT_ATTR_NOATIME, MountFlags::NOATIME),
+            (&[Noatime, Strictatime], Attr::MOUNT_ATTR_STRICTATIME, MountFlags::STRICTATIME),
+            (&[Noatime, Relatime], Attr::empty(), MountFlags::RELATIME),
+            (&[Strictatime, Relatime], Attr::empty(), MountFlags::RELATIME),
+            (
+                &[Noexec, Nodiratime, Noatime, Noexec, Nodiratime],
+                Attr::MOUNT_ATTR_NOEXEC | Attr::MOUNT_ATTR_NODIRATIME | Attr::MOUNT_ATTR_NOATIME,
+                MountFlags::NOEXEC | MountFlags::NODIRATIME | MountFlags::NOATIME,
+            ),
+        ] {
+            let layers = Layers { options: options.to_vec(), ..layers() };
+            let always = Attr::MOUNT_ATTR_NOSUID | Attr::MOUNT_ATTR_NODEV;
+            assert_eq!(mount_attributes(&layers), always | attributes, "{options:?}");
+            assert_eq!(mount_flags(&layers), MountFlags::NOSUID | MountFlags::NODEV | flags, "{options:?}");
+        }
+    }
+
+    #[test]
     fn flags_that_differ_from_those_declared_are_named() {
         let declared = |options: &[MountOption]| Layers { options: options.to_vec(), ..layers() };
         let (none, both) = (declared(&[]), declared(&[MountOption::Noexec, MountOption::Noatime]));
@@ -183,6 +208,9 @@ mod tests {
         assert!(live.has_layers(&layers()) && !live.read_only && live.unpinned.is_none());
         assert!(LiveOptions::parse("ro,lowerdir=/l/nix/store,upperdir=/u,workdir=/w").read_only);
         assert!(!LiveOptions::parse("rw,lowerdir=/l/nix/store:/x,upperdir=/u,workdir=/w").has_layers(&layers()));
+        for other in ["/x,upperdir=/u,workdir=/w", "/l/nix/store,upperdir=/x,workdir=/w", "/l/nix/store,upperdir=/u"] {
+            assert!(!LiveOptions::parse(&format!("rw,lowerdir={other}")).has_layers(&layers()), "{other}");
+        }
         for (shown, unpinned) in [
             ("rw,metacopy=on", Some("metacopy=on")),
             ("rw,index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off", None),
