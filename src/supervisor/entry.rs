@@ -4,6 +4,8 @@ mod looks;
 mod refreshes;
 mod retries;
 mod serving;
+#[cfg(test)]
+mod tests;
 mod waiting;
 
 use std::{
