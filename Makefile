@@ -35,7 +35,7 @@ venv := target/venv/bin
 shell_scripts = $(shell find . \( -path ./target -o -path ./.git \) -prune -o -type f -exec \
 	awk 'FNR == 1 { if (/^\#!.*[\/ ](bash|dash|sh)$$/) print FILENAME; nextfile }' {} +)
 # The driver and the scenarios have a check of their own.
-python_scripts = nix/check-format tools/check-docs tools/dbus-reference tools/limits $(wildcard demo/*.py benches/*.py)
+python_scripts = nix/check-format tools/check-docs tools/dbus-reference tools/limits tools/mutants $(wildcard demo/*.py benches/*.py)
 xml_files = $(wildcard data/*.xml data/*.conf data/*.policy)
 
 # For every recipe: programs that rustup and Debian put elsewhere, the driver of the test machines, and no bytecode in
@@ -49,7 +49,8 @@ heading = @printf '\n==> %s\n'
 .DEFAULT_GOAL := help
 # Steps follow one another, so that the first failure is the last thing on the screen.
 .NOTPARALLEL:
-.PHONY: help build install uninstall deb docs lint audit test test-unit test-scenarios test-kernels demo bench clean setup-test
+.PHONY: help build install uninstall deb docs lint audit test test-unit test-scenarios test-kernels mutants demo bench clean \
+	setup-test
 
 help: ## this list
 	@echo 'make TARGET, where TARGET is'
@@ -192,6 +193,12 @@ test-kernels: ## some scenarios with other kernels, in qemu; needs root and much
 		python3 -m driver run --kernel "$${kernel%/*}" --suite "$${kernel#*/}" \
 			$(or $(SCENARIOS),basic remount stack restart powercut) || failed="$$failed $$kernel"; \
 	done; [ -z "$$failed" ] || { echo "failed with the kernels$$failed"; exit 1; }
+
+# Each mutant is built and tested: an hour and more for all. FILES='src/supervisor/plan.rs' examines a part.
+mutants: ## what the Rust tests do not see when it breaks, compared with tools/mutants.txt; needs root and much time
+	@tools/setup mutants
+	$(heading) 'mutants: what no test sees'
+	@tools/mutants $(FILES)
 
 test: ## everything: lint, test-unit, test-scenarios
 	@$(MAKE) --no-print-directory lint

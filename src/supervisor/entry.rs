@@ -5,6 +5,8 @@ mod next;
 mod refreshes;
 mod retries;
 mod serving;
+#[cfg(test)]
+mod tests;
 mod waiting;
 
 use std::{

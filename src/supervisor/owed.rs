@@ -224,6 +224,51 @@ mod tests {
     }
 
     #[test]
+    fn a_change_soon_after_a_glance_waits_for_its_turn() {
+        let (mut owed, start) = (Owed::default(), Instant::now());
+        for (took, pause) in [(0, 10), (1, 10), (20, 80), (10_000, 3000)] {
+            let end = start + Duration::from_millis(took);
+            owed.glanced(start, end);
+            owed.see(changes("a"), end);
+            let next = end + Duration::from_millis(pause);
+            assert_eq!(owed.glance.take(), Some(next), "{took} ms");
+            owed.see(changes("a"), next + SETTLE);
+            assert_eq!(owed.glance.take(), Some(next + SETTLE), "the pause is over");
+        }
+    }
+
+    #[test]
+    fn what_is_demanded_does_not_wait_for_the_layers_to_come_to_rest() {
+        let (mut owed, start) = (Owed::default(), Instant::now());
+        owed.see(changes("a"), start);
+        owed.glance = None;
+        owed.demand(changes("b"), Rung::Reconfigure, start);
+        owed.demand(Changes::default(), Rung::Probe, start + SETTLE);
+        assert_eq!(owed.due(), Some(start), "the first of them counts");
+        let mut both = changes("a");
+        both.merge(changes("b"));
+        assert_eq!(owed.take(start, false), full(both, Rung::Reconfigure));
+        assert_eq!(owed.due(), None);
+        owed.demand(changes("a"), Rung::Probe, start + SETTLE);
+        assert_eq!(owed.take(start, false), None);
+        assert_eq!(owed.take(start + SETTLE, false), full(changes("a"), Rung::Probe));
+    }
+
+    #[test]
+    fn what_has_changed_is_known_until_it_was_looked_at_to_the_end() {
+        let (mut owed, start) = (Owed::default(), Instant::now());
+        let seen = |owed: &Owed| ["a", "b"].map(|name| owed.has_seen(OsStr::new(name)));
+        assert_eq!((seen(&owed), owed.has_seen_anything()), ([false, false], false));
+        owed.see(changes("a"), start);
+        assert!(owed.take(start, false).is_some_and(|aim| aim.glance.is_some()));
+        assert_eq!((seen(&owed), owed.has_seen_anything()), ([true, false], false));
+        owed.see(Changes::unknown(), start);
+        assert!(owed.has_seen_anything());
+        assert!(owed.take(start, true).is_some());
+        assert_eq!((seen(&owed), owed.has_seen_anything()), ([false, false], false));
+    }
+
+    #[test]
     fn layers_that_do_not_come_to_rest_are_looked_into_all_the_same() {
         let (mut owed, start) = (Owed::default(), Instant::now());
         let mut now = start;
@@ -307,6 +352,19 @@ mod tests {
         assert!(owed.has_left_lost());
         assert_eq!(owed.take(start, true), full(Changes::lost(), Rung::Reconfigure));
         assert_eq!(owed.take(start, true), full(Changes::default(), Rung::Reconfigure));
+    }
+
+    #[test]
+    fn nothing_is_left_in_a_fresh_view() {
+        let (mut owed, start) = (Owed::default(), Instant::now());
+        let mut aim = Aim { changes: Changes::lost(), from: Rung::Probe, glance: None, whole: true };
+        owed.leave_lost(&mut aim);
+        owed.is_fresh();
+        assert!(!owed.has_left_lost());
+        assert_eq!(owed.take(start, true), full(Changes::default(), Rung::Reconfigure));
+        let mut aim = Aim { changes: changes("a"), ..aim };
+        owed.leave_lost(&mut aim);
+        assert!(!owed.has_left_lost() && aim.changes == changes("a"), "none were lost");
     }
 
     #[test]

@@ -120,9 +120,9 @@ impl LiveOptions {
             }
             // The kernel shows an option only where it differs from its build's default, so absence says nothing.
             let pinned = PINNED.iter().find(|(pinned, _)| *pinned == key);
-            let same =
-                |&(key, wanted): &(&str, &str)| value == wanted || (key == "redirect_dir" && value == "nofollow");
-            if pinned.is_some_and(|pinned| !same(pinned)) {
+            // `redirect_dir=off` becomes one of two others, by `redirect_always_follow` of the module (`ovl_parse_param`).
+            let is_off = key == "redirect_dir" && matches!(value, "follow" | "nofollow");
+            if pinned.is_some_and(|(_, wanted)| value != *wanted) && !is_off {
                 live.unpinned = Some(option.to_owned());
             }
         }
@@ -159,6 +159,31 @@ mod tests {
     }
 
     #[test]
+    fn a_store_has_the_flags_that_were_declared_and_of_access_times_the_last() {
+        use MountOption::{Noatime, Nodiratime, Noexec, Relatime, Strictatime};
+        type Attr = MountAttrFlags;
+        for (options, attributes, flags) in [
+            (&[][..], Attr::empty(), MountFlags::RELATIME),
+            (&[Noatime], Attr::MOUNT_ATTR_NOATIME, MountFlags::NOATIME),
+            (&[Strictatime], Attr::MOUNT_ATTR_STRICTATIME, MountFlags::STRICTATIME),
+            (&[Strictatime, Noatime], Attr::MOUNT_ATTR_NOATIME, MountFlags::NOATIME),
+            (&[Noatime, Strictatime], Attr::MOUNT_ATTR_STRICTATIME, MountFlags::STRICTATIME),
+            (&[Noatime, Relatime], Attr::empty(), MountFlags::RELATIME),
+            (&[Strictatime, Relatime], Attr::empty(), MountFlags::RELATIME),
+            (
+                &[Noexec, Nodiratime, Noatime, Noexec, Nodiratime],
+                Attr::MOUNT_ATTR_NOEXEC | Attr::MOUNT_ATTR_NODIRATIME | Attr::MOUNT_ATTR_NOATIME,
+                MountFlags::NOEXEC | MountFlags::NODIRATIME | MountFlags::NOATIME,
+            ),
+        ] {
+            let layers = Layers { options: options.to_vec(), ..layers() };
+            let always = Attr::MOUNT_ATTR_NOSUID | Attr::MOUNT_ATTR_NODEV;
+            assert_eq!(mount_attributes(&layers), always | attributes, "{options:?}");
+            assert_eq!(mount_flags(&layers), MountFlags::NOSUID | MountFlags::NODEV | flags, "{options:?}");
+        }
+    }
+
+    #[test]
     fn flags_that_differ_from_those_declared_are_named() {
         let declared = |options: &[MountOption]| Layers { options: options.to_vec(), ..layers() };
         let (none, both) = (declared(&[]), declared(&[MountOption::Noexec, MountOption::Noatime]));
@@ -183,6 +208,18 @@ mod tests {
         assert!(live.has_layers(&layers()) && !live.read_only && live.unpinned.is_none());
         assert!(LiveOptions::parse("ro,lowerdir=/l/nix/store,upperdir=/u,workdir=/w").read_only);
         assert!(!LiveOptions::parse("rw,lowerdir=/l/nix/store:/x,upperdir=/u,workdir=/w").has_layers(&layers()));
-        assert_eq!(LiveOptions::parse("rw,metacopy=on").unpinned.as_deref(), Some("metacopy=on"));
+        for other in ["/x,upperdir=/u,workdir=/w", "/l/nix/store,upperdir=/x,workdir=/w", "/l/nix/store,upperdir=/u"] {
+            assert!(!LiveOptions::parse(&format!("rw,lowerdir={other}")).has_layers(&layers()), "{other}");
+        }
+        for (shown, unpinned) in [
+            ("rw,metacopy=on", Some("metacopy=on")),
+            ("rw,index=off,metacopy=off,nfs_export=off,redirect_dir=off,xino=off", None),
+            ("rw,redirect_dir=nofollow", None),
+            ("rw,redirect_dir=follow", None),
+            ("rw,redirect_dir=on", Some("redirect_dir=on")),
+            ("rw,xino=nofollow", Some("xino=nofollow")),
+        ] {
+            assert_eq!(LiveOptions::parse(shown).unpinned.as_deref(), unpinned, "{shown}");
+        }
     }
 }

@@ -237,6 +237,8 @@ fn drop_unused(mut queues: MutexGuard<'_, Queues>) {
 
 #[cfg(test)]
 mod tests {
+    use rustix::event::{PollFd, PollFlags};
+
     use super::*;
 
     const PATH: &str = "00000000000000000000000000000000-hello";
@@ -285,6 +287,25 @@ mod tests {
         assert_eq!(watches.drain_for(&name("roots")), Ok([(name("roots"), gone)].into()));
         while watches.drain().map(|(changes, _)| changes.get(&name("hers")).cloned()) != Ok(Some(Changes::lost())) {}
         assert_eq!(watches.drain(), Ok((HashMap::new(), false)));
+    }
+
+    #[test]
+    fn one_descriptor_tells_of_events_in_any_queue_from_the_first_watch_on() {
+        let (dir, watches) = (tempfile::tempdir().expect("a directory"), Watches::default());
+        assert!(watches.fd().is_none());
+        let paths = [1, 2].map(|user| watch_as(&watches, user, &format!("store-{user}"), &dir));
+        let is_readable = || {
+            let at_once = rustix::event::Timespec::default();
+            let fd = watches.fd().expect("something is watched");
+            rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&at_once)).expect("polled") > 0
+        };
+        for path in paths {
+            assert!(!is_readable());
+            std::fs::write(path.join(PATH), "").expect("written");
+            assert!(is_readable());
+            watches.drain().expect("read");
+        }
+        assert!(!is_readable());
     }
 
     #[test]

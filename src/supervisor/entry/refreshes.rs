@@ -105,3 +105,45 @@ impl Refreshes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use layered_stores_overlay::refresh::Changes;
+
+    use super::*;
+
+    #[test]
+    fn the_journal_gets_a_few_lines_and_later_the_number_of_the_rest() {
+        let (mut refreshes, start) = (Refreshes::default(), Instant::now());
+        let name: StoreName = "a".parse().expect("valid");
+        for count in 1..=10 {
+            refreshes.done(&name, "swapped", 0, start);
+            assert_eq!((refreshes.count, refreshes.untold, refreshes.tell_at(start)), (count, 0, None));
+        }
+        refreshes.done(&name, "reconfigured", 0, start);
+        let next = start + Duration::from_secs(10);
+        assert_eq!((refreshes.untold, refreshes.tell_at(start)), (1, Some(next)));
+        refreshes.done(&name, "reconfigured", 0, next);
+        assert_eq!(refreshes.untold, 2, "those before it come first");
+        refreshes.tell_rest(&name, start);
+        assert_eq!((refreshes.untold, refreshes.tell_at(next)), (2, Some(next)), "it is not time");
+        refreshes.tell_rest(&name, next);
+        assert_eq!((refreshes.untold, refreshes.tell_at(next)), (0, None));
+        refreshes.done(&name, "reconfigured", 0, next);
+        assert_eq!(
+            (refreshes.untold, refreshes.count, refreshes.last),
+            (1, 13, "reconfigured"),
+            "that was a line as well"
+        );
+        assert!(refreshes.last_usec > 0);
+    }
+
+    #[test]
+    fn a_store_that_is_down_owes_nothing_but_has_been_refreshed() {
+        let (mut refreshes, now) = (Refreshes::default(), Instant::now());
+        refreshes.done(&"a".parse().expect("valid"), "swapped", 0, now);
+        refreshes.owed.see(Changes::unknown(), now);
+        refreshes.forget();
+        assert_eq!((refreshes.owed.due(), refreshes.count), (None, 1));
+    }
+}

@@ -100,10 +100,13 @@ mod tests {
     fn pauses_grow_and_a_success_makes_them_short_again() {
         let (mut retries, now) = (Retries::default(), Instant::now());
         for seconds in [5, 10, 20, 40, 80, 160, 300, 300] {
+            let before = realtime_usec(Duration::ZERO);
             retries.later(now);
+            let after = realtime_usec(Duration::ZERO);
             assert!(!retries.is_allowed());
             assert_eq!(retries.due(), Some(now + Duration::from_secs(seconds)));
-            assert!(retries.due_usec() > 0);
+            let pause = seconds * 1_000_000;
+            assert!((before + pause..=after + pause).contains(&retries.due_usec()));
             retries.at_once();
             assert!(retries.is_allowed() && retries.due().is_none() && retries.due_usec() == 0);
         }
@@ -120,6 +123,12 @@ mod tests {
             retries.repaired(now);
         }
         assert!(!retries.may_repair(now + REPAIR_WINDOW / 2));
+        retries.forget_repairs();
+        assert!(retries.may_repair(now), "somebody has asked for it");
+        for _ in 0..REPAIRS {
+            retries.repaired(now);
+        }
+        assert!(!retries.may_repair(now));
         assert!(retries.may_repair(now + REPAIR_WINDOW));
     }
 }

@@ -98,7 +98,68 @@ impl Serving {
 
 #[cfg(test)]
 mod tests {
+    use layered_stores_model::fixture;
+
     use super::*;
+
+    /// The Nix daemons of two stores.
+    fn services() -> [Service; 2] {
+        ["a", "b"].map(|name| {
+            let text = format!("[stores.{name}]\nlower-store = \"/srv\"\n[stores.{name}.daemon]\n");
+            fixture::declared("/state", &text).remove(0).service().expect("declared")
+        })
+    }
+
+    #[test]
+    fn a_daemon_is_the_one_that_was_made_until_something_becomes_of_it() {
+        let ([mine, other], now) = (services(), Instant::now());
+        let made = || {
+            let mut serving = Serving::default();
+            serving.made(Some(mine.clone()), now);
+            serving
+        };
+        assert!(made().is(Some(&mine)) && !made().is(Some(&other)) && !made().is(None));
+        let lost: [fn(&mut Serving); 4] = [
+            Serving::disturbed,
+            Serving::forget,
+            |serving| serving.found(true),
+            |serving| serving.failed(Instant::now()),
+        ];
+        for lose in lost {
+            let mut serving = made();
+            lose(&mut serving);
+            assert!(!serving.is(Some(&mine)) && !serving.is(None), "nobody knows");
+        }
+        let mut serving = made();
+        serving.found(false);
+        serving.disturbed();
+        assert!(serving.is(None) && !serving.is(Some(&mine)), "nothing has become of nothing");
+    }
+
+    #[test]
+    fn what_was_seen_of_sockets_tells_of_daemons_that_were_there_before() {
+        let ([mine, _], now) = (services(), Instant::now());
+        let later = now + Duration::from_millis(1);
+        let has = |serving: &Serving, time| (serving.had_daemon_at(time), serving.has_daemon_since(time));
+        let mut serving = Serving::default();
+        assert_eq!(has(&serving, later), (false, false));
+        serving.made(Some(mine), now);
+        assert_eq!(has(&serving, now), (false, true), "it may have been made after the look");
+        assert_eq!(has(&serving, later), (true, false));
+        serving.disturbed();
+        assert_eq!(has(&serving, now), (false, false));
+        assert_eq!(has(&serving, later), (false, false));
+    }
+
+    #[test]
+    fn who_asks_has_it_seen_to_at_once_and_the_next_failure_is_one_more() {
+        let (mut serving, now) = (Serving::default(), Instant::now());
+        serving.failed(now);
+        serving.at_once();
+        assert_eq!(serving.due(), None);
+        serving.failed(now);
+        assert_eq!(serving.due(), Some(now + pause_after(1)));
+    }
 
     #[test]
     fn what_failed_soon_is_left_alone_for_longer_each_time() {

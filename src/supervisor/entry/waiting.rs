@@ -61,3 +61,44 @@ impl Waiting {
         answer(self.all_remounting(), &Err(error.clone()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> StoreName {
+        "a".parse().expect("valid")
+    }
+
+    #[test]
+    fn whose_store_it_turns_out_to_be_waits_on_and_the_others_are_sent_away() {
+        let (mut waiting, [owner, other]) = (Waiting::default(), [0; 2].map(|_| oneshot::channel()));
+        waiting.unproven = vec![(1000, owner.0), (7, other.0)];
+        waiting.belongs_to(&name(), 1000);
+        let (mut owner, mut other) = (owner.1, other.1);
+        assert!(owner.try_recv().is_err(), "it waits");
+        assert!(matches!(other.try_recv(), Ok(Err(Error::NotOwner(of))) if of == name()));
+        answer(waiting.remounting, &Ok(()));
+        assert!(matches!(owner.try_recv(), Ok(Ok(()))));
+    }
+
+    #[test]
+    fn nobody_is_forgotten_when_all_are_answered() {
+        let (mut waiting, mut answers) = (Waiting { root_asks: true, ..Waiting::default() }, Vec::new());
+        let mut one = || {
+            let (reply, answer) = oneshot::channel();
+            answers.push(answer);
+            reply
+        };
+        waiting.unproven.push((1000, one()));
+        let Waiting { starting, stopping, removing, remounting, refreshing, queueing, .. } = &mut waiting;
+        for who in [starting, stopping, removing, remounting, refreshing, queueing] {
+            who.push(one());
+        }
+        waiting.answer_all(&Error::ShuttingDown);
+        assert!(!waiting.root_asks);
+        for mut answer in answers {
+            assert!(matches!(answer.try_recv(), Ok(Err(Error::ShuttingDown))));
+        }
+    }
+}

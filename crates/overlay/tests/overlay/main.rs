@@ -3,6 +3,7 @@
 mod directories;
 mod pairs;
 mod places;
+mod probes;
 mod refreshes;
 mod removals;
 mod swaps;

@@ -1,6 +1,28 @@
 //! Superblocks that take the place of others.
 
+use std::{
+    cell::RefCell,
+    os::fd::{AsFd as _, BorrowedFd},
+};
+
+use layered_stores_overlay::{options::superblock_options, swap::SafeKeeping};
+
 use super::*;
+
+/// The numbers of what is kept.
+#[derive(Default)]
+struct Kept(RefCell<Vec<u64>>);
+
+impl SafeKeeping for Kept {
+    fn keep(&self, mount: BorrowedFd<'_>, number: u64) {
+        assert_eq!(MountId::of(mount).expect("a mount").number(), number);
+        self.0.borrow_mut().push(number);
+    }
+
+    fn let_go(&self, number: u64) {
+        self.0.borrow_mut().retain(|kept| *kept != number);
+    }
+}
 
 #[test]
 fn what_was_swapped_out_is_known_also_where_the_look_after_it_fails() {
@@ -46,6 +68,25 @@ fn a_swap_that_was_interrupted_is_finished_and_what_is_mounted_is_never_retired(
     let kept = OldMount::kept(root.into(), 1);
     assert_eq!(kept.retire().expect("asked"), OldSuperblock::StillMounted);
     fs::write(layers.merged.as_path().join("tmp"), "").expect("it takes writes");
+}
+
+#[test]
+fn of_two_mounts_that_a_swap_has_left_the_upper_one_is_taken_off_and_kept() {
+    let store = Store::mounted();
+    let layers = &store.spec.layers;
+    let at = layers.merged.as_str();
+    let options: Vec<_> = superblock_options(layers).map(|(key, value)| format!("{key}={value}")).collect();
+    let options = std::ffi::CString::new(options.join(",")).expect("text");
+    rustix::mount::mount("overlay", at, "overlay", MountFlags::NOSUID | MountFlags::NODEV, &*options).expect("mounted");
+    assert_eq!(store.state(), MountState::Mounted { read_only: false, twice: true, unpinned: None, flags: None });
+    let upper = MountId::of(fs::File::open(at).expect("open")).expect("a mount");
+
+    let kept = Kept::default();
+    let old = finish(layers, &kept).expect("finished");
+    assert_eq!(MountId::of(old.as_fd()).expect("a mount"), upper);
+    assert_eq!((old.number(), kept.0.into_inner()), (upper.number(), vec![upper.number()]));
+    assert_eq!(store.state(), MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None });
+    assert_eq!(old.retire().expect("asked"), OldSuperblock::Retired);
 }
 
 #[test]
