@@ -32,13 +32,38 @@ fn up() -> Entry {
     entry
 }
 
-/// One that is to have another mount option.
+/// One that is to have another mount option, and can.
 fn respecified() -> Entry {
     let mut entry = up();
     let mut next = (*entry.spec).clone();
     next.layers.options.push(layered_stores_model::MountOption::Noatime);
-    entry.next = Some(Arc::new(next));
+    entry.next = Some(Next::new(Arc::new(next)));
+    looked_at(&mut entry, true);
     entry
+}
+
+fn looked_at(entry: &mut Entry, is_fine: bool) {
+    entry.next.as_mut().expect("it waits").was_looked_at(is_fine);
+}
+
+#[test]
+fn one_that_is_up_changes_once_it_is_known_that_it_can() {
+    let mut entry = respecified();
+    assert!(entry.respecifies() && !entry.is_to_be_looked_ahead());
+    looked_at(&mut entry, false);
+    assert!(!entry.respecifies() && entry.is_to_be_looked_ahead());
+    entry.retries.later(Instant::now());
+    assert!(!entry.is_to_be_looked_ahead(), "not all the time");
+    entry.try_again();
+    entry.next.as_mut().expect("it waits").begin_to_look();
+    assert!(!entry.respecifies() && !entry.is_to_be_looked_ahead(), "somebody looks");
+    for down in [|entry: &mut Entry| entry.want = Want::Down, |entry: &mut Entry| entry.mount = MountState::Absent] {
+        let mut entry = respecified();
+        looked_at(&mut entry, false);
+        down(&mut entry);
+        assert!(entry.respecifies() && !entry.is_to_be_looked_ahead(), "it has nothing to lose");
+    }
+    assert!(!up().respecifies() && !up().is_to_be_looked_ahead());
 }
 
 fn codes(entry: &Entry) -> Vec<Problem> {
@@ -86,7 +111,7 @@ fn what_is_wanted_sends_those_away_who_wait_for_something_else_and_is_worth_anot
         entry.waiting.stopping.push(stopping.0);
         entry.problem(Problem::Busy, "it is in use".to_owned());
         for _ in 0..REPAIRS {
-            entry.retry_later(now);
+            entry.retries.later(now);
             entry.retries.repaired(now);
         }
         entry.want(want);
@@ -95,7 +120,7 @@ fn what_is_wanted_sends_those_away_who_wait_for_something_else_and_is_worth_anot
         assert_eq!(stopping.try_recv().is_err(), !starting_waits, "{want:?}");
         assert!(entry.want == want && entry.retries.is_allowed() && entry.retries.may_repair(now));
         assert!(!entry.has(Problem::Busy));
-        entry.retry_later(now);
+        entry.retries.later(now);
         assert_eq!(entry.retries.due(), Some(now + retries::pause_after(0)));
     }
 }
@@ -111,7 +136,7 @@ fn what_was_asked_for_is_kept_where_it_is_not_what_the_configuration_says_and_on
         entry.want(same);
         assert_eq!(entry.asked_anew(), Some(None));
 
-        entry.retry_later(Instant::now());
+        entry.retries.later(Instant::now());
         entry.was_asked(autostart);
         assert!(!entry.retries.is_allowed(), "it is wanted so");
         entry.was_asked(!autostart);
@@ -148,7 +173,7 @@ fn a_failure_takes_the_place_of_an_earlier_one_and_goes_when_the_store_is_up_or_
     assert_eq!(entry.phase, Phase::Inactive);
 
     entry.fail(Problem::MountLost, "three".to_owned());
-    entry.retry_later(Instant::now());
+    entry.retries.later(Instant::now());
     entry.up();
     assert_eq!((entry.phase.clone(), codes(&entry)), (Phase::Active, vec![Problem::Full]));
     assert!(entry.reason.is_empty() && entry.retries.is_allowed());
@@ -223,7 +248,7 @@ fn a_mount_that_somebody_has_made_takes_other_options_and_no_other_directories()
     assert!(entry.next.is_none() && entry.spec.layers.options.len() == 1);
     let mut next = (*entry.spec).clone();
     next.layers.upper = "/elsewhere".parse().expect("valid");
-    entry.next = Some(Arc::new(next));
+    entry.next = Some(Next::new(Arc::new(next)));
     entry.take_next_in_place();
     assert!(entry.next.is_some());
 }
@@ -232,7 +257,7 @@ fn a_mount_that_somebody_has_made_takes_other_options_and_no_other_directories()
 fn a_store_that_failed_or_is_given_up_on_cannot_go_for_now() {
     assert!(!up().cannot_go());
     let mut later = up();
-    later.retry_later(Instant::now());
+    later.retries.later(Instant::now());
     assert!(later.cannot_go());
     later.op = Some(Op::Stop);
     assert!(!later.cannot_go(), "it may be going");
@@ -282,7 +307,7 @@ fn a_store_is_settled_when_it_is_where_it_should_be_or_was_given_up_on_for_now()
         let mut gone = up();
         (gone.want, gone.phase) = (Want::Gone, phase);
         assert!(!gone.is_settled());
-        gone.retry_later(Instant::now());
+        gone.retries.later(Instant::now());
         assert!(gone.is_settled());
     }
     assert!(change(|stuck| (stuck.stuck, stuck.op) = (Some(String::new()), Some(Op::Start)), entry(BELOW)));
@@ -403,7 +428,7 @@ fn another_mount_below_the_lower_store_is_looked_into_or_is_worth_another_try() 
     let now = Instant::now();
     let moved = |text: &str, change: fn(&mut Entry)| {
         let mut entry = entry(text);
-        entry.retry_later(now);
+        entry.retries.later(now);
         change(&mut entry);
         entry.look_at_lower(&table(&entry, &[]), now);
         assert_eq!((entry.refreshes.owed.due(), entry.retries.is_allowed()), (None, false), "the first look");
@@ -430,7 +455,7 @@ fn what_failed_is_tried_again_when_its_own_directories_lie_elsewhere() {
     let moved = |change: fn(&mut Entry), to: &dyn Fn(&StoreSpec) -> Option<String>| {
         let mut entry = entry(BELOW);
         entry.fail(Problem::UpperMissing, String::new());
-        entry.retry_later(now);
+        entry.retries.later(now);
         change(&mut entry);
         let is_allowed = entry.retries.is_allowed();
         entry.look_at_own(&table(&entry, &[]));
