@@ -138,7 +138,10 @@ with subtest("A copy and its original are not mistaken for each other"):
 
 with subtest("Its own upper layer and a copy of that are not used in turns"):
     machine.succeed("mkdir -p /srv/twin")
-    here, there = store("twin", "/srv/twin"), store("twin", "/srv/twin", upper_layer="/srv/twin/big")
+    here, there = (
+        store("twin", "/srv/twin"),
+        store("twin", "/srv/twin", upper_layer="/srv/twin/big"),
+    )
     declare(here)
     first = fill("twin")
     machine.succeed("cp -a /srv/twin/upper /srv/twin/big")

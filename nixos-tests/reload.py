@@ -38,7 +38,7 @@ def status(name: str) -> dict[str, object]:
     return found
 
 
-def problems(name: str) -> list[dict[str, str]]:
+def problems_of(name: str) -> list[dict[str, str]]:
     found = status(name)["problems"]
     assert isinstance(found, list)
     return found
@@ -210,23 +210,23 @@ with subtest("A change of the layers restarts the store, and no other"):
     machine.succeed(RELOAD, f"grep first /srv/new-1/root{path}")
 
 with subtest("A store that would not come up as it is declared now goes on as it was"):
-    before = identity("new-1")
-    for mistake, why in (
+    was = identity("new-1")
+    for other, why in (
         ({"upper_layer": "/srv/new-1/uper"}, "/srv/new-1/uper is not the directory that"),
         ({"lower": "/srv/nowhere"}, "/srv/nowhere/nix/store is not there"),
     ):
-        configure(stores[0], stores[1], store("new-1", **mistake), *stores[3:])
+        configure(stores[0], stores[1], store("new-1", **other), *stores[3:])
         for ask in (RELOAD, "layered-stores start new-1"):
             code, output = machine.execute(f"{ask} 2>&1")
             t.assertEqual(code, 3, output)
             t.assertIn("it goes on as it was", output)
             t.assertIn(why, output)
-        t.assertEqual([problem["code"] for problem in problems("new-1")], ["not-applied"])
-        t.assertEqual((identity("new-1"), states()["new-1"]), (before, "active"))
+        t.assertEqual([problem["code"] for problem in problems_of("new-1")], ["not-applied"])
+        t.assertEqual((identity("new-1"), states()["new-1"]), (was, "active"))
         machine.succeed(f"grep first /srv/new-1/root{path}", "layered-stores remount new-1")
     # What was missing is found.
     machine.succeed("mkdir -p /srv/nowhere/nix/store", "layered-stores start new-1")
-    t.assertEqual((status("new-1")["lower-store"], problems("new-1")), ("/srv/nowhere", []))
+    t.assertEqual((status("new-1")["lower-store"], problems_of("new-1")), ("/srv/nowhere", []))
     configure(*stores)
     machine.succeed(RELOAD, f"grep first /srv/new-1/root{path}")
 

@@ -132,7 +132,7 @@ async fn reload() -> Result<ExitCode> {
     for store in &stores {
         if let Some((_, why)) = store.problems.iter().find(|(code, _)| code == NOT_APPLIED) {
             code = ExitCode::from(PROBLEMS);
-            complain(&format!("store {:?}: {why}", store.name));
+            complain(&format!("store {:?} is not changed: {why}", store.name));
         }
     }
     Ok(code)

@@ -19,15 +19,15 @@ pub(crate) fn refuse_strange_work(work: BorrowedFd<'_>, path: &AbsolutePath) -> 
     let list = |errno| LayersError::sys("work-dir", "list", path.as_str(), errno);
     let is_known = |name: &[u8]| KERNELS.iter().any(|kernels| kernels.as_bytes() == name);
     // What a crash has left there is called `#` and a number (`ovl_tempname`), and `incompat` tells of options that need it.
-    let is_works = |name: &[u8]| name.starts_with(b"#") || name == b"incompat";
+    let is_in_work = |name: &[u8]| name.starts_with(b"#") || name == b"incompat";
     // File handles in hexadecimal, of an overlay that had an index (`ovl_get_index_name`, `OVL_FH_MAGIC`).
-    let is_indexs = |name: &[u8]| name.starts_with(b"#") || name.starts_with(b"00fb");
+    let is_in_index = |name: &[u8]| name.starts_with(b"#") || name.starts_with(b"00fb");
     let mut strange = strange_in(work, is_known).map_err(list)?;
-    for (name, is_its_own) in [(KERNELS[0], &is_works as &dyn Fn(&[u8]) -> bool), (KERNELS[1], &is_indexs)] {
+    for (name, is_known) in [(KERNELS[0], &is_in_work as &dyn Fn(&[u8]) -> bool), (KERNELS[1], &is_in_index)] {
         if strange.is_none()
             && let Some(below) = kernels_own(work, name).map_err(list)?
         {
-            strange = strange_in(below, is_its_own).map_err(list)?.map(|found| format!("{name}/{found}"));
+            strange = strange_in(below, is_known).map_err(list)?.map(|found| format!("{name}/{found}"));
         }
     }
     strange.map_or(Ok(()), |example| Err(LayersError::WorkNotEmpty { path: path.clone(), example }))

@@ -360,7 +360,7 @@ fn where_a_database_cannot_tell_the_record_does() {
     unset(store.state_dir(), ATTRIBUTE);
     let upper = store.spec.layers.upper.clone();
     let unmarked = marks.map(|marks| Marks { state: marks.state.map(|mark| Mark { id: None, ..mark }), ..marks });
-    for (other, is_full) in [("uper", false), ("old", true)] {
+    for (other, is_full) in [("mistyped", false), ("old", true)] {
         let other = store.upper_dir().with_file_name(other);
         if is_full {
             fs::create_dir_all(other.join("path")).expect("filled");
