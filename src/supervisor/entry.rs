@@ -349,6 +349,12 @@ impl Entry {
         self.next.as_ref().is_some_and(|next| next.is_fine() || !self.is_to_stay_up())
     }
 
+    /// Whether that is so, or not known yet.
+    pub(super) fn may_respecify(&self) -> bool {
+        let is_being_looked_at = self.next.as_ref().is_some_and(Next::is_being_looked_at);
+        self.respecifies() || is_being_looked_at || self.is_to_be_looked_ahead()
+    }
+
     /// Whether somebody should look if it can come up with the waiting specification.
     pub(super) fn is_to_be_looked_ahead(&self) -> bool {
         let is_active = self.phase == Phase::Active && self.is_to_stay_up();

@@ -260,7 +260,7 @@ impl Engine {
         let is_mounted = |entry: &Entry| matches!(entry.mount, MountState::Mounted { .. });
         let above = self.on_top_of(name).map(|entry| OnTop {
             want: entry.want,
-            respecify: entry.respecifies(),
+            respecify: entry.may_respecify(),
             is_given_up: entry.is_given_up(),
             is_not_ours: is_mounted(entry) && !self.machine.is_ours(&entry.spec.mount_unit),
             doing: entry.doing(),

@@ -51,12 +51,12 @@ fn one_that_is_up_changes_once_it_is_known_that_it_can() {
     let mut entry = respecified();
     assert!(entry.respecifies() && !entry.is_to_be_looked_ahead());
     looked_at(&mut entry, false);
-    assert!(!entry.respecifies() && entry.is_to_be_looked_ahead());
+    assert!(!entry.respecifies() && entry.is_to_be_looked_ahead() && entry.may_respecify());
     entry.retries.later(Instant::now());
-    assert!(!entry.is_to_be_looked_ahead(), "not all the time");
+    assert!(!entry.is_to_be_looked_ahead() && !entry.may_respecify(), "not all the time");
     entry.try_again();
     entry.next.as_mut().expect("it waits").begin_to_look();
-    assert!(!entry.respecifies() && !entry.is_to_be_looked_ahead(), "somebody looks");
+    assert!(!entry.respecifies() && !entry.is_to_be_looked_ahead() && entry.may_respecify(), "somebody looks");
     for down in [|entry: &mut Entry| entry.want = Want::Down, |entry: &mut Entry| entry.mount = MountState::Absent] {
         let mut entry = respecified();
         looked_at(&mut entry, false);

@@ -49,7 +49,7 @@ pub(in crate::supervisor) fn lower(of: &Underneath) -> Lower {
 #[derive(Clone, Copy, Debug)]
 pub(in crate::supervisor) struct OnTop {
     pub want: Want,
-    /// A specification waits that needs the mount to be made anew.
+    /// A specification waits that needs the mount to be made anew, and may be put in force.
     pub respecify: bool,
     /// It was given up on, and what it was given up on for is still there.
     pub is_given_up: bool,

@@ -140,3 +140,17 @@ fn a_store_that_is_not_to_come_back_does_not_have_those_on_it_make_way() {
         vec![Kill, milliseconds(10), Remount(2, Asker::Root), Reload(declared), Kill, Fail(2, 1), milliseconds(2)],
     );
 }
+
+#[test]
+fn a_store_waits_for_the_one_on_it_that_may_be_about_to_let_go() {
+    run(async {
+        let mut play = Play::begin(0, true, &[AUTO, NO, AUTO], Box::new(tell_nobody)).await;
+        for event in [milliseconds(5000), Reload([NO, NO, AUTO]), milliseconds(1)] {
+            play.befall(event).await;
+        }
+        while let Some(status) = play.status(&name(0)) {
+            assert!(!has(&status, Problem::Busy), "nothing keeps it");
+            play.befall(milliseconds(1)).await;
+        }
+    });
+}
