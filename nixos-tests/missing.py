@@ -265,7 +265,8 @@ with subtest("A database does not get another upper layer than its own"):
     configure(TO_ANOTHER)
     # One that is up goes on as it was.
     assert "it goes on as it was" in machine.fail("layered-stores reload 2>&1")
-    well("fast", first)
+    assert (status("fast")["state"], list(problems("fast"))) == ("active", ["not-applied"])
+    machine.succeed(f"nix-store --store {store_uri('fast')} --check-validity {first}")
     machine.succeed("layered-stores stop fast")
     machine.fail("layered-stores start fast")
     said = missing("fast", ANOTHER)
