@@ -341,6 +341,8 @@ with subtest("What was never a store's is not emptied, for a path that was misty
     machine.succeed(f"mkdir {DISK}/photos; touch {DISK}/photos/one")
     configure(f"/autostart/d; s:{UPPER}:{DISK}/photos:")
     machine.fail("layered-stores reload")
+    machine.succeed("layered-stores stop fast")
+    machine.fail("layered-stores start fast")
     missing("fast", f"{DISK}/photos")
     said = machine.fail("layered-stores remove-data --yes fast 2>&1")
     assert "has never been the upper layer of this store" in said, said
