@@ -121,12 +121,16 @@ impl Publisher {
     pub async fn flush(&mut self) -> zbus::Result<()> {
         for (name, (earlier, cell)) in std::mem::take(&mut self.changed) {
             let emitter = SignalEmitter::new(&self.connection, store_path(&name))?;
-            let now = self.properties(cell, &emitter).await?;
+            let (first, last) = (earlier.first().cloned(), cell.get());
+            let now = self.properties(last.clone(), &emitter).await?;
             // What has changed and changed back is told as well: a client may have asked in between, and a signal tells what is
             // there when it is made, which may be ahead of what it is made for.
             let mut names = BTreeSet::new();
-            for status in earlier {
-                let then = self.properties(StatusCell::new(status), &emitter).await?;
+            for (number, status) in earlier.into_iter().enumerate() {
+                if number > 0 && first.as_ref().is_some_and(|first| status.is_between(first, &last)) {
+                    continue;
+                }
+                let then = self.properties(status, &emitter).await?;
                 let other = now.iter().filter(|(name, value)| then.get(*name) != Some(*value));
                 names.extend(other.map(|(name, _)| name.clone()));
             }
@@ -144,11 +148,11 @@ impl Publisher {
     /// What whoever asks for all properties of a store of this status is told. What they differ in is what has changed.
     async fn properties(
         &self,
-        cell: StatusCell,
+        status: Status,
         emitter: &SignalEmitter<'_>,
     ) -> zbus::Result<HashMap<String, OwnedVariant>> {
         let (handle, authorization) = (self.handle.clone(), self.authorization.clone());
-        let store = Store { cell, handle, authorization };
+        let store = Store { cell: StatusCell::new(status), handle, authorization };
         Ok(store.get_all(self.connection.object_server(), &self.connection, None, emitter).await?)
     }
 }

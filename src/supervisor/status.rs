@@ -128,6 +128,42 @@ impl Status {
         }
     }
 
+    /// Whether all that is other here than in `last` is other in `first` too: who tells in what these two differ tells of this
+    /// one as well.
+    pub(crate) fn is_between(&self, first: &Self, last: &Self) -> bool {
+        fn is<T: PartialEq>(here: &T, first: &T, last: &T) -> bool {
+            here == last || first != last
+        }
+        // Named one by one, so that a field that comes is not forgotten.
+        let Self {
+            spec,
+            state,
+            state_reason,
+            state_change_usec,
+            next_try_usec,
+            problems,
+            declared,
+            last_refresh_usec,
+            last_refresh,
+            refresh_count,
+            swap_count,
+            owner_uid,
+        } = self;
+        // Several properties are parts of a specification.
+        Arc::ptr_eq(spec, &last.spec)
+            && is(state, &first.state, &last.state)
+            && is(state_reason, &first.state_reason, &last.state_reason)
+            && is(state_change_usec, &first.state_change_usec, &last.state_change_usec)
+            && is(next_try_usec, &first.next_try_usec, &last.next_try_usec)
+            && is(problems, &first.problems, &last.problems)
+            && is(declared, &first.declared, &last.declared)
+            && is(last_refresh_usec, &first.last_refresh_usec, &last.last_refresh_usec)
+            && is(last_refresh, &first.last_refresh, &last.last_refresh)
+            && is(refresh_count, &first.refresh_count, &last.refresh_count)
+            && is(swap_count, &first.swap_count, &last.swap_count)
+            && is(owner_uid, &first.owner_uid, &last.owner_uid)
+    }
+
     /// Whether a user owns the store, or may turn out to when it is up.
     pub fn may_be_owner(&self, uid: u32) -> bool {
         self.owner_uid == uid || self.state == State::Activating
@@ -169,6 +205,19 @@ impl StatusCell {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_changed_back_is_between_nothing() {
+        let first = Status::new(Arc::new(layered_stores_model::fixture::spec("a", "/lower")), true);
+        let active = Status { state: State::Active, state_change_usec: 2, ..first.clone() };
+        let on_the_way = Status { state: State::Activating, state_change_usec: 1, ..first.clone() };
+        assert!(on_the_way.is_between(&first, &active) && first.is_between(&first, &active));
+        let wrong = Status { problems: vec![(Problem::Full, "full".to_owned())], ..on_the_way.clone() };
+        assert!(!wrong.is_between(&first, &active), "it was told that it is full");
+        assert!(!on_the_way.is_between(&first, &first));
+        let spec = Arc::new(layered_stores_model::fixture::spec("a", "/other"));
+        assert!(!Status { spec, ..on_the_way }.is_between(&first, &active));
+    }
 
     #[test]
     fn names_are_those_of_the_bus() {
