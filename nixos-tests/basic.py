@@ -13,6 +13,20 @@ PREFIX = '"$(dirname "$(dirname "$(readlink -f "$(command -v layered-stores)")")
 STORE_INTERFACE = "org.layeredstores1.Store"
 MANAGER = "org.layeredstores1 /org/layeredstores1 org.layeredstores1.Manager"
 
+
+def printed(command: str, pattern: str) -> str:
+    """What a command prints once a pattern is in it, for which it does not wait long by itself."""
+    found = ""
+
+    def is_in_it(_last: bool) -> bool:
+        nonlocal found
+        found = machine.succeed(command)
+        return re.search(pattern, found) is not None
+
+    retry(is_in_it, 60)
+    return found
+
+
 machine.start(allow_reboot=True)
 
 
@@ -158,15 +172,15 @@ with subtest("Unmounted, the mount point refuses writes, from root and from Nix"
 
 with subtest("list and status say at a glance how stores are"):
     t.assertEqual(machine.succeed("layered-stores list"), "ci    active\nhost  active\n")
-    table = machine.succeed("layered-stores status")
-    t.assertRegex(table, r"STORE +STATE +LOWER STORE +PATHS +REFRESHED")
     # On a slow machine a build has looked for a name before the lower store had it.
-    t.assertRegex(table, rf"(?m)^● ci +active +{LOWER} +2 +(-|.+ ago: reconfigured.*)$")
+    row = rf"(?m)^● ci +active +{LOWER} +2 +(-|.+ ago: reconfigured.*)$"
+    table = printed("layered-stores status", row)
+    t.assertRegex(table, r"STORE +STATE +LOWER STORE +PATHS +REFRESHED")
     t.assertRegex(table, r"(?m)^● host +active +local +")
-    page = machine.succeed("layered-stores status ci")
+    line = r"(?m)layered-storesd\[\d+\]: ci: active, mounted at"
+    page = printed("layered-stores status ci", line)
     t.assertRegex(page, r"\A● ci: active for \d+ s\n")
     t.assertRegex(page, r"(?m)^ +2 paths, \d+ KiB; [\d.]+ [GM]iB free$")
-    t.assertRegex(page, r"(?m)layered-storesd\[\d+\]: ci: active, mounted at")
     for piece in (f"{LOWER}/nix/store", f"{CI}/upper", "2 paths", f"{CI}/root/nix/store"):
         t.assertIn(piece, page)
     t.assertNotIn("\x1b", table + page, "no colours where nobody sees them")
