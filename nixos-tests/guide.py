@@ -216,6 +216,8 @@ with subtest("Undone, nothing of it is left that runs"):
     units = "systemctl list-units --all --plain --no-legend 'layered-stores*'"
     machine.wait_until_succeeds(f'test -z "$({units})"', timeout=60)
     machine.succeed("rm -rf /var/lib/layered-stores", "apt-get --help >/dev/null")
+    # A socket that is on its way down when its package comes back is not started again.
+    machine.succeed("systemctl stop nix-daemon.socket nix-daemon.service")
     machine.succeed("dpkg --purge nix-setup-systemd 2>&1; rm -rf /nix /etc/nix")
 
 with subtest("Getting started on Debian"):
