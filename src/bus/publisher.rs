@@ -121,16 +121,15 @@ impl Publisher {
     pub async fn flush(&mut self) -> zbus::Result<()> {
         for (name, (earlier, cell)) in std::mem::take(&mut self.changed) {
             let emitter = SignalEmitter::new(&self.connection, store_path(&name))?;
-            let (first, last) = (earlier.first().cloned(), cell.get());
+            let Some((first, rest)) = earlier.split_first() else { continue };
+            let last = cell.get();
             let now = self.properties(last.clone(), &emitter).await?;
             // What has changed and changed back is told as well: a client may have asked in between, and a signal tells what is
             // there when it is made, which may be ahead of what it is made for.
             let mut names = BTreeSet::new();
-            for (number, status) in earlier.into_iter().enumerate() {
-                if number > 0 && first.as_ref().is_some_and(|first| status.is_between(first, &last)) {
-                    continue;
-                }
-                let then = self.properties(status, &emitter).await?;
+            let untold = rest.iter().filter(|status| !status.is_between(first, &last));
+            for status in std::iter::once(first).chain(untold) {
+                let then = self.properties(status.clone(), &emitter).await?;
                 let other = now.iter().filter(|(name, value)| then.get(*name) != Some(*value));
                 names.extend(other.map(|(name, _)| name.clone()));
             }
