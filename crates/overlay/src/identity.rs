@@ -267,12 +267,12 @@ impl Expected<'_> {
     /// Whose a directory is that has this mark.
     fn claim(&self, found: Option<&Id>, dir: BorrowedFd<'_>) -> Result<Claim, LayersError> {
         let Some(id) = found else { return Ok(Claim::Nobodys) };
-        let claim = if self.known.has(id) { self.claim_own(id, dir) } else { self.claim_others(id, dir) };
+        let claim = if self.known.has(id) {
+            self.claim_own(id, dir)
+        } else {
+            claim(self.known.others, id, dir, Some(self.path))
+        };
         claim.map_err(|errno| self.sys("look at", errno))
-    }
-
-    fn claim_others(&self, id: &Id, dir: BorrowedFd<'_>) -> Result<Claim, Errno> {
-        claim(self.known.others, id, dir, Some(self.path))
     }
 
     /// One that was moved is the store's. A copy of one that stays where it was is another directory from then on, or the

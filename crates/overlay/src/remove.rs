@@ -295,10 +295,11 @@ pub fn contents(
         mark::mark(upper, &claim.removing)?;
     }
     progress::at(Spot::Upper);
-    if let Some(dir) = &claim.upper {
-        let dir = readable(dir.as_fd()).map_err(sys("open", upper.as_str()))?;
-        identity::unmark(&dir).map_err(sys("take the mark from", upper.as_str()))?;
-        empty(&dir, upper.as_str())?;
+    let upper_dir = claim.upper.as_ref().map(|dir| readable(dir.as_fd())).transpose();
+    let upper_dir = upper_dir.map_err(sys("open", upper.as_str()))?;
+    if let Some(dir) = &upper_dir {
+        identity::unmark(dir).map_err(sys("take the mark from", upper.as_str()))?;
+        empty(dir, upper.as_str())?;
     }
     progress::at(Spot::Work);
     if let Some(dir) = &work_dir {
@@ -308,11 +309,10 @@ pub fn contents(
         sync(dir.as_fd(), work.as_str())?;
     }
     let mut marks = Marks::default();
-    if let Some(dir) = &claim.upper {
+    if let Some(dir) = &upper_dir {
         progress::at(Spot::Upper);
         // It is the store's still, whatever somebody goes on to make in it. With what is told beside it, it was until now.
-        let id = identity::mark_anew(readable(dir.as_fd()).map_err(sys("open", upper.as_str()))?);
-        let id = id.map_err(sys("set the mark of", upper.as_str()))?;
+        let id = identity::mark_anew(dir).map_err(sys("set the mark of", upper.as_str()))?;
         marks.upper = id.map(|id| Mark { path: upper.clone(), id: Some(id) });
         sync(dir.as_fd(), upper.as_str())?;
     }
