@@ -2,6 +2,7 @@
 //!
 //! Each can be interrupted anywhere and made again. Parts that block run on [threads](super::threads).
 
+mod directories;
 mod error;
 
 use std::{io, sync::Arc};
@@ -30,6 +31,7 @@ use layered_stores_overlay::{
 
 use rustix::io::Errno;
 
+use self::directories::{among_what_is_there, with_what_is_there};
 use super::{
     machine::{Guard, Refreshing, SwappedOut},
     nix_daemon,
@@ -158,7 +160,7 @@ pub(super) async fn look_ahead(tools: Tools, errand: Errand) -> Result<(), Opera
     let look = move || {
         let records = tools.records.marks(&spec)?;
         let others = |id: &Id| tools.records.with_mark(Some(&spec.name), id);
-        match with_what_is_there(&spec, Known { own: &records, others: &others }, identity::require) {
+        match among_what_is_there(&spec, Known { own: &records, others: &others }, identity::require) {
             // That one may be about to give them away.
             Ok(_) | Err(LayersError::OfOther { .. }) => {}
             Err(error) => return Err(error.into()),
@@ -357,31 +359,6 @@ pub(super) async fn retire(errand: Errand, old: Arc<dyn SwappedOut>) -> Result<O
 pub(super) async fn retire_unknown(old: Arc<dyn SwappedOut>) -> Result<OldSuperblock, OperationError> {
     let retired = tokio::task::spawn_blocking(move || old.retire()).await;
     Ok(retired.map_err(|error| OperationError::Panic(error.to_string()))??)
-}
-
-/// Looks at a store's directories, with what is known of them; this is returned as well. The store's own records do not count if
-/// other directories are there that belong together, such as a backup that was put back.
-fn with_what_is_there<'k, T>(
-    spec: &StoreSpec,
-    known: Known<'k>,
-    look: impl Fn(&StoreSpec, Known<'_>) -> Result<T, LayersError>,
-) -> Result<(Known<'k>, T), LayersError> {
-    let error = match look(spec, known) {
-        Ok(found) => return Ok((known, found)),
-        Err(error) => error,
-    };
-    if !matches!(error, LayersError::Another { .. }) || !identity::is_another_pair(spec, known)? {
-        return Err(error);
-    }
-    let known = Known { own: &[], ..known };
-    let found = look(spec, known)?;
-    let (name, upper) = (&spec.name, &spec.layers.upper);
-    tracing::warn!(
-        store = %name,
-        "{name}: {upper} and the database in {} are not those it had before, and belong together; they are taken",
-        spec.state_dir
-    );
-    Ok((known, found))
 }
 
 /// Says the way out where the owner's directories are somebody else's.
