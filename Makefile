@@ -144,7 +144,7 @@ docs: ## the manual as a book, into target/book
 setup-test:
 	@tools/setup test
 
-lint: setup-test ## formatting, clippy, dependencies, layers, documents, spelling, shell, Python, Nix, XML
+lint: setup-test ## formatting, clippy, dependencies, documents, spelling, shell, Python, Nix, XML
 	$(heading) 'lint: formatting'
 	$(CARGO) fmt --all --check
 	$(heading) 'lint: clippy'
@@ -191,7 +191,7 @@ test-kernels: ## some scenarios with other kernels, in qemu; needs root and much
 	@failed=; for kernel in $(KERNELS); do \
 		printf '\n==> test: scenarios with the kernel %s\n' "$$kernel"; \
 		python3 -m driver run --kernel "$${kernel%/*}" --suite "$${kernel#*/}" \
-			$(or $(SCENARIOS),basic remount stack restart powercut) || failed="$$failed $$kernel"; \
+			$(or $(SCENARIOS),basic remount gapless stack restart killpoints powercut) || failed="$$failed $$kernel"; \
 	done; [ -z "$$failed" ] || { echo "failed with the kernels$$failed"; exit 1; }
 
 # Each mutant is built and tested: an hour and more for all. FILES='src/supervisor/plan.rs' examines a part.

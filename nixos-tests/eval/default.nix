@@ -53,7 +53,7 @@ let
       };
     }
     // import ./documentation.nix { inherit lib pkgs options; };
-  refusals = import ./refusals.nix { inherit lib nixos layered; };
+  refusals = import ./refusals { inherit lib nixos layered; };
 
   # What is not refused at all is evaluated as far as a build needs it.
   refusedBy =
