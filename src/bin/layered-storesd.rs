@@ -5,9 +5,9 @@ use std::{path::Path, process::ExitCode, time::Duration};
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use layered_stores::{
-    bus::{Connections, Publisher},
+    bus::{Connections, Milestone, PublishError, Publisher},
     cli::args::DaemonArguments,
-    supervisor::{self, Command, Engine, EngineError, Event, Handle, Host, Settings},
+    supervisor::{self, Command, Engine, EngineError, Handle, Host, Settings},
     systemd::Units,
     varlink,
 };
@@ -30,13 +30,6 @@ const BUS_FAREWELL: Duration = Duration::from_secs(1);
 
 /// How long going down may take. What remains then is a filesystem that does not answer.
 const FAREWELL: Duration = Duration::from_secs(2);
-
-/// Why a second daemon does not start.
-const ANOTHER: &str = "the bus name org.layeredstores1 is taken: another layered-storesd is running";
-
-/// Why the daemon cannot be found; most often the policy was installed and the bus has not read it.
-const NO_NAME: &str = "cannot take the bus name org.layeredstores1; is its policy installed, and has the bus read it \
-                       (`systemctl reload dbus`)?";
 
 /// `EX_CONFIG` of sysexits.h: the configuration is wrong, and trying again does not make it better.
 const EX_CONFIG: u8 = 78;
@@ -138,7 +131,7 @@ async fn serve(settings: Settings) -> Result<()> {
         // Found out before anything is touched; the name itself is taken when there is something to serve.
         let bus = zbus::fdo::DBusProxy::new(&connections.serving).await?;
         if bus.name_has_owner(BUS_NAME.try_into()?).await? {
-            anyhow::bail!(ANOTHER);
+            return Err(PublishError::NameTaken.into());
         }
         let units = Units::connect(&connections.engine).await.context("cannot reach systemd over the bus")?;
         anyhow::Ok((connections, units))
@@ -155,7 +148,7 @@ async fn serve(settings: Settings) -> Result<()> {
     let host = Host::open(settings, units).await.map_err(EngineError::from)?;
     let (engine, handle) = Engine::new(host, config, events_sender).await?;
 
-    let mut publisher = Publisher::new(&connections, handle.clone()).await.context("cannot serve the bus")?;
+    let publisher = Publisher::new(&connections, handle.clone()).await.context("cannot serve the bus")?;
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -178,42 +171,19 @@ async fn serve(settings: Settings) -> Result<()> {
         }
         Ok(())
     };
-    let publish = async move {
-        let mut events = events;
-        let mut batch = Vec::new();
-        let mut named = false;
-        while events.recv_many(&mut batch, 256).await > 0 {
-            let mut settled = None;
-            for event in batch.drain(..) {
-                match &event {
-                    Event::Settled { summary } => settled = Some(summary.clone()),
-                    // More than a courtesy: PID 1 of systemd 257 sometimes falls asleep over a burst of calls, with calls read
-                    // and not carried out, until anything else wakes it.
-                    Event::Progress { summary } => notify(&[NotifyState::Status(summary)]),
-                    _ => {}
-                }
-                publisher.publish(event).await?;
-            }
-            publisher.flush().await?;
-            // Clients that find the name find the stores.
-            if !named {
-                publisher.take_name().await.map_err(|error| match error {
-                    zbus::Error::NameTaken => anyhow::anyhow!(ANOTHER),
-                    error => anyhow::Error::new(error).context(NO_NAME),
-                })?;
-                serve_hook(handle.clone());
-                named = true;
-            }
-            if let Some(summary) = settled {
-                tracing::info!("{summary}");
-                notify(&[NotifyState::Ready, NotifyState::Status(&summary)]);
-            }
+    let publish = publisher.run(events, |milestone| match milestone {
+        // More than a courtesy: PID 1 of systemd 257 sometimes falls asleep over a burst of calls, with calls read and not
+        // carried out, until anything else wakes it.
+        Milestone::Progress(summary) => notify(&[NotifyState::Status(summary)]),
+        Milestone::Named => serve_hook(handle.clone()),
+        Milestone::Settled(summary) => {
+            tracing::info!("{summary}");
+            notify(&[NotifyState::Ready, NotifyState::Status(summary)]);
         }
-        Ok(())
-    };
+    });
     let result = tokio::select! {
         result = engine.run(stop, watchdog, alive) => result.map_err(Into::into),
-        result = publish => result,
+        result = publish => result.map_err(Into::into),
         result = reload => result,
         () = connections.closed() => anyhow::bail!("the connection to the system bus was lost"),
     };

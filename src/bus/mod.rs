@@ -14,4 +14,4 @@ mod tests;
 mod waiting;
 
 pub use connections::Connections;
-pub use publisher::Publisher;
+pub use publisher::{Milestone, PublishError, Publisher};

@@ -8,6 +8,7 @@ use std::{
 
 use layered_stores_client::{BUS_NAME, MANAGER_PATH, job_path, store_path};
 use layered_stores_model::StoreName;
+use tokio::sync::mpsc;
 use zbus::{
     Connection, DBusError as _, fdo,
     names::InterfaceName,
@@ -24,6 +25,36 @@ use super::{
     store::Store,
 };
 use crate::supervisor::{self, Event, Handle, JobNews, Status, StatusCell};
+
+/// How many events are gathered at the most before their changes are sent.
+const BATCH: usize = 256;
+
+/// How far publishing has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Milestone<'a> {
+    /// Stores are on their way; so much of it.
+    Progress(&'a str),
+    /// Clients can find the daemon, and all that is there.
+    Named,
+    /// Everything is where it should be, or was given up on: how it is.
+    Settled(&'a str),
+}
+
+/// Why there is nothing on the bus, or no more.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// A second daemon does not start.
+    #[error("the bus name {BUS_NAME} is taken: another layered-storesd is running")]
+    NameTaken,
+    /// Most often the policy was installed and the bus has not read it.
+    #[error(
+        "cannot take the bus name {BUS_NAME}; is its policy installed, and has the bus read it (`systemctl reload dbus`)?"
+    )]
+    NoName(#[source] zbus::Error),
+    /// The connection is lost.
+    #[error(transparent)]
+    Bus(#[from] zbus::Error),
+}
 
 /// Serves the manager and the stores.
 pub struct Publisher {
@@ -48,24 +79,51 @@ impl Publisher {
         Ok(Self { connection, handle, authorization, changed: BTreeMap::new() })
     }
 
-    /// Takes the bus name, from when on clients find the daemon.
+    /// Publishes events until there are no more, and takes the bus name once the first stores can be seen.
     ///
     /// # Errors
-    /// When another process has the name, or the bus policy refuses it.
-    pub async fn take_name(&self) -> zbus::Result<()> {
+    /// [`PublishError`].
+    pub async fn run(
+        mut self,
+        mut events: mpsc::UnboundedReceiver<Event>,
+        mut reached: impl FnMut(Milestone<'_>),
+    ) -> Result<(), PublishError> {
+        let (mut batch, mut is_named) = (Vec::new(), false);
+        while events.recv_many(&mut batch, BATCH).await > 0 {
+            let mut settled = None;
+            for event in batch.drain(..) {
+                match &event {
+                    Event::Progress { summary } => reached(Milestone::Progress(summary)),
+                    Event::Settled { summary } => settled = Some(summary.clone()),
+                    _ => {}
+                }
+                self.publish(event).await?;
+            }
+            self.flush().await?;
+            if !is_named {
+                self.take_name().await?;
+                is_named = true;
+                reached(Milestone::Named);
+            }
+            if let Some(summary) = settled {
+                reached(Milestone::Settled(&summary));
+            }
+        }
+        Ok(())
+    }
+
+    async fn take_name(&self) -> Result<(), PublishError> {
         // Waiting in the queue for it would be waiting for another daemon to go away.
         let flags = fdo::RequestNameFlags::DO_NOT_QUEUE;
-        match self.connection.request_name_with_flags(BUS_NAME, flags).await? {
-            fdo::RequestNameReply::PrimaryOwner | fdo::RequestNameReply::AlreadyOwner => Ok(()),
-            _ => Err(zbus::Error::NameTaken),
+        match self.connection.request_name_with_flags(BUS_NAME, flags).await {
+            Ok(fdo::RequestNameReply::PrimaryOwner | fdo::RequestNameReply::AlreadyOwner) => Ok(()),
+            Ok(_) | Err(zbus::Error::NameTaken) => Err(PublishError::NameTaken),
+            Err(error) => Err(PublishError::NoName(error)),
         }
     }
 
     /// Takes an event. Changes are sent with the next [`flush`](Self::flush).
-    ///
-    /// # Errors
-    /// When the connection is lost.
-    pub async fn publish(&mut self, event: Event) -> zbus::Result<()> {
+    async fn publish(&mut self, event: Event) -> zbus::Result<()> {
         match event {
             Event::Added(cell) => {
                 let path = cell.read(|status| store_path(status.name()));
@@ -115,10 +173,7 @@ impl Publisher {
     }
 
     /// Sends the changes gathered so far.
-    ///
-    /// # Errors
-    /// When the connection is lost.
-    pub async fn flush(&mut self) -> zbus::Result<()> {
+    async fn flush(&mut self) -> zbus::Result<()> {
         for (name, (earlier, cell)) in std::mem::take(&mut self.changed) {
             let emitter = SignalEmitter::new(&self.connection, store_path(&name))?;
             let Some((first, rest)) = earlier.split_first() else { continue };

@@ -109,22 +109,13 @@ async fn serve(
     bus: &Bus,
     pause: impl FnMut() -> Duration + Send + 'static,
     handle: Handle,
-    mut news: mpsc::UnboundedReceiver<News>,
+    news: mpsc::UnboundedReceiver<News>,
 ) -> zbus::Result<()> {
     let asking = bus_over(&bus.connect(0).await).await?;
     let serving = bus.connect_slowly(0, pause).await;
     let connections = Connections::of(asking, serving, Gate::unused(), bus.connect(0).await).await?;
-    let mut publisher = Publisher::new(&connections, handle).await?;
-    let (mut batch, mut is_named) = (Vec::new(), false);
-    while news.recv_many(&mut batch, 256).await > 0 {
-        for event in batch.drain(..) {
-            publisher.publish(event).await?;
-        }
-        publisher.flush().await?;
-        if !std::mem::replace(&mut is_named, true) {
-            publisher.take_name().await?;
-        }
-    }
+    let publisher = Publisher::new(&connections, handle).await?;
+    publisher.run(news, |_| {}).await.expect("a bus");
     connections.close().await
 }
 
