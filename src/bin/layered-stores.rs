@@ -15,7 +15,10 @@ fn main() -> ExitCode {
                 Invocation::Internal(command) => cli::run_internal(command).await,
             }
         }),
-        Err(error) => Err(error.into()),
+        Err(error) => {
+            cli::without_result(&invocation);
+            Err(error.into())
+        }
     };
     result.unwrap_or_else(|error| {
         cli::complain(&format!("{error:#}"));

@@ -17,4 +17,4 @@ mod verify;
 
 pub use commands::{run, run_internal};
 pub use output::{complain, wrapped};
-pub use uri::{Invocation, parse};
+pub use uri::{Invocation, parse, without_result};

@@ -16,7 +16,7 @@ use layered_stores_model::StoreName;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
-    args::{Arguments, Internal, InternalArguments},
+    args::{Arguments, Command, Internal, InternalArguments},
     output::{complain, print},
     owner::{not_theirs, refuse_root},
 };
@@ -56,6 +56,13 @@ pub fn parse() -> Invocation {
 
 fn is_uri(words: &[OsString]) -> bool {
     words.iter().skip(1).any(|word| word == OsStr::new("uri"))
+}
+
+/// Prints what has to be printed for a command that cannot even begin.
+pub fn without_result(invocation: &Invocation) {
+    if let Invocation::Command(Arguments { command: Command::Uri { name, .. } }) = invocation {
+        print_unopenable(Some(name));
+    }
 }
 
 /// Prints the URL of a store, whatever comes of it.
