@@ -1,5 +1,5 @@
-# What does not work is refused before anything is done, as far as a configuration's text shows it: in
-# one clear sentence that names the store, the key, the value and the way out, at its place. What
+# What does not work is refused before anything is done, as far as a configuration's text shows it:
+# in one clear sentence that names the store, the key, the value and the way out, at its place. What
 # only the machine shows is the scenario refusals.
 
 import re
