@@ -24,8 +24,8 @@ use tokio::{
 };
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
-/// How long the system bus may take to answer at the start, and to be told good-bye.
-const BUS_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the configuration and the system bus may take to answer at the start, and the bus to be told good-bye.
+const PATIENCE: Duration = Duration::from_secs(60);
 const BUS_FAREWELL: Duration = Duration::from_secs(1);
 
 /// How long going down may take. What remains then is a filesystem that does not answer.
@@ -124,7 +124,9 @@ async fn serve(settings: Settings) -> Result<()> {
     let (mut hangup, mut terminate) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
     let mut interrupt = signal(SignalKind::interrupt())?;
     let load = settings.clone();
-    let config = tokio::task::spawn_blocking(move || config::load(&load.config, &load.defaults, Keys::Alone)).await??;
+    let reading = tokio::task::spawn_blocking(move || config::load(&load.config, &load.defaults, Keys::Alone));
+    let config = tokio::time::timeout(PATIENCE, reading).await;
+    let config = config.context("the configuration does not answer; see to the filesystem it is on")???;
 
     let connect = async {
         let connections = Connections::open().await.context("cannot reach the system bus")?;
@@ -136,7 +138,7 @@ async fn serve(settings: Settings) -> Result<()> {
         let units = Units::connect(&connections.engine).await.context("cannot reach systemd over the bus")?;
         anyhow::Ok((connections, units))
     };
-    let connected = tokio::time::timeout(BUS_PATIENCE, connect).await;
+    let connected = tokio::time::timeout(PATIENCE, connect).await;
     let (connections, units) = connected.context("the system bus does not answer; see `systemctl status dbus`")??;
     if !swap::is_possible() {
         tracing::warn!(

@@ -23,6 +23,11 @@ impl<T> Askers<T> {
         self.next.push(reply);
     }
 
+    /// Whether nobody waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.next.is_empty() && self.now.is_empty()
+    }
+
     /// Whether a look is to be begun, which has begun with that.
     pub(super) fn begin(&mut self) -> bool {
         let begins = !self.looks && !self.next.is_empty();

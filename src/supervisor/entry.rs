@@ -1,7 +1,7 @@
 //! What the engine knows about one store.
 
+mod candidate;
 mod looks;
-mod next;
 mod refreshes;
 mod retries;
 mod serving;
@@ -15,9 +15,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+pub(super) use candidate::Candidate;
+use candidate::Looking;
 use layered_stores_model::{StoreSpec, printable};
 use layered_stores_overlay::{mountinfo::MountState, place::MountId, progress::Spot};
-pub(super) use next::Next;
 pub(super) use refreshes::{LEFT, Refreshes, SWAPS_APART};
 pub(super) use retries::Retries;
 pub(super) use serving::Serving;
@@ -64,8 +65,11 @@ pub(super) enum Op {
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) spec: Arc<StoreSpec>,
-    /// A specification that can be put in force only when the store is down.
-    pub(super) next: Option<Next>,
+    /// What is declared, if it is another specification and not known yet whether the store can come up with it.
+    pub(super) candidate: Option<Candidate>,
+    looking: Option<Looking>,
+    /// A specification that is put in force as soon as the store is down, for which it goes down.
+    pub(super) next: Option<Arc<StoreSpec>>,
     pub(super) want: Want,
     pub(super) declared: bool,
     /// Whether it is to be up because somebody has asked for that, as the next daemon is told.
@@ -117,6 +121,8 @@ impl Entry {
         Self {
             cell: StatusCell::new(Status::new(Arc::clone(&spec), declared)),
             spec,
+            candidate: None,
+            looking: None,
             next: None,
             want,
             declared,
@@ -190,8 +196,7 @@ impl Entry {
 
     /// What is to be kept for the next daemon of what somebody has asked for, if that is not what is kept.
     pub(super) fn asked_anew(&mut self) -> Option<Option<bool>> {
-        let declared = self.next.as_ref().map_or(&self.spec, |next| &next.spec);
-        let asked = match (self.want, declared.autostart) {
+        let asked = match (self.want, self.declared_spec().autostart) {
             (Want::Up, false) => Some(true),
             (Want::Down, true) => Some(false),
             _ => None,
@@ -212,6 +217,9 @@ impl Entry {
     pub(super) fn try_again(&mut self) {
         self.retries.at_once();
         self.serving.at_once();
+        if let Some(candidate) = &mut self.candidate {
+            candidate.retries.at_once();
+        }
     }
 
     /// Notes that it is up.
@@ -278,6 +286,13 @@ impl Entry {
                 let reason = format!("its lower store {lower} is not up; see `layered-stores status {lower}`");
                 (Problem::StartFailed, reason)
             }
+            Failure::LowerElsewhere => {
+                let lower = self.spec.lower_name().map(ToString::to_string).unwrap_or_default();
+                let reason = format!(
+                    "its lower store {lower} is not where it is declared to be; see `layered-stores status {lower}`"
+                );
+                (Problem::StartFailed, reason)
+            }
             Failure::Covered(cover) => (Problem::Covered, cover.to_string()),
             Failure::Foreign(what) => (
                 Problem::Foreign,
@@ -332,10 +347,7 @@ impl Entry {
 
     /// Whether its Nix daemon, or that it has none, is still to be seen to.
     pub(super) fn is_to_be_served(&self) -> bool {
-        self.phase == Phase::Active
-            && !self.respecifies()
-            && self.serving.due().is_none()
-            && !self.serving.is(self.spec.service().as_ref())
+        self.phase == Phase::Active && self.serving.due().is_none() && !self.serving.is(self.spec.service().as_ref())
     }
 
     /// Whether it was given up on, and what it was given up on for is still there.
@@ -344,33 +356,28 @@ impl Entry {
         is_failed && !self.retries.is_allowed()
     }
 
-    /// Whether it is to go down for the waiting specification. One that is up does so only if it can come up again.
+    /// Whether it is to go down for another specification.
     pub(super) fn respecifies(&self) -> bool {
-        self.next.as_ref().is_some_and(|next| next.is_fine() || !self.is_to_stay_up())
+        self.next.is_some()
     }
 
     /// Whether that is so, or not known yet.
     pub(super) fn may_respecify(&self) -> bool {
-        let is_being_looked_at = self.next.as_ref().is_some_and(Next::is_being_looked_at);
-        self.respecifies() || is_being_looked_at || self.is_to_be_looked_ahead()
+        self.respecifies() || self.is_considered()
     }
 
-    /// Whether somebody should look if it can come up with the waiting specification.
-    pub(super) fn is_to_be_looked_ahead(&self) -> bool {
-        let is_active = self.phase == Phase::Active && self.is_to_stay_up();
-        is_active && self.retries.is_allowed() && self.next.as_ref().is_some_and(Next::is_to_be_looked_at)
-    }
-
-    fn is_to_stay_up(&self) -> bool {
-        self.want == Want::Up && matches!(self.mount, MountState::Mounted { .. })
+    /// Whether it is up, or is about to be taken over, and is to stay up.
+    pub(super) fn has_something_to_lose(&self) -> bool {
+        let is_failed = matches!(self.phase, Phase::Failed { .. });
+        self.want == Want::Up && matches!(self.mount, MountState::Mounted { .. }) && !is_failed
     }
 
     /// Puts the waiting specification in force for a mount that somebody else has made, if it is of the same directories: with
     /// which options that is mounted is theirs to change.
     pub(super) fn take_next_in_place(&mut self) {
         let is_mounted = matches!(self.mount, MountState::Mounted { .. });
-        if let Some(next) = self.next.take_if(|next| is_mounted && next.spec.layers.are_at(&self.spec.layers)) {
-            self.spec = next.spec;
+        if let Some(next) = self.next.take_if(|next| is_mounted && next.layers.are_at(&self.spec.layers)) {
+            self.spec = next;
         }
     }
 
@@ -423,11 +430,19 @@ impl Entry {
         let at_goal = match self.want {
             // What could be done about it at once was planned before this is asked.
             _ if matches!(self.phase, Phase::Failed { .. }) => true,
+            _ if self.is_considered() => false,
             Want::Up => self.next.is_none() && self.phase != Phase::Inactive && !self.is_to_be_served(),
             Want::Down => self.next.is_none() && self.phase != Phase::Active,
             Want::Gone => false,
         };
         matches!(self.op, None | Some(Op::Refresh | Op::Remove | Op::Hold)) && (at_goal || self.retries.due().is_some())
+    }
+
+    /// When what has failed is tried again, in microseconds of real time; 0: it is not.
+    fn next_try_usec(&self) -> u64 {
+        let candidate = self.candidate.as_ref().map_or(0, |candidate| candidate.retries.due_usec());
+        let times = [self.retries.due_usec(), candidate];
+        times.into_iter().filter(|usec| *usec > 0).min().unwrap_or_default()
     }
 
     /// Publishes the status; returns the one before if it was different.
@@ -449,7 +464,7 @@ impl Entry {
             spec: Arc::clone(&self.spec),
             state,
             state_change_usec: if state == before && since > 0 { since } else { realtime_usec(Duration::ZERO) },
-            next_try_usec: self.retries.due_usec(),
+            next_try_usec: self.next_try_usec(),
             state_reason: match state {
                 _ if self.op == Some(Op::Remove) && self.stuck.is_none() => "what is in it is being removed".to_owned(),
                 State::Failed => self.reason.clone(),

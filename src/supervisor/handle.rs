@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    fmt,
     sync::{Arc, PoisonError, RwLock},
 };
 
@@ -17,6 +18,7 @@ use super::{
     entry::Reply,
     jobs::{Asked, Caller, JobCommand, JobNews},
     status::{Status, StatusCell},
+    threads::DEADLINE,
 };
 use crate::systemd::SocketState;
 
@@ -108,10 +110,20 @@ impl Handle {
     /// # Errors
     /// [`Error::ListFailed`].
     pub async fn left_over(&self) -> Result<Vec<LeftOver>, Error> {
-        let stores = Arc::clone(&self.stores).lock_owned().await;
-        let failed = |why: String| Error::ListFailed(why);
-        let listed = tokio::task::spawn_blocking(move || remove::list(&stores)).await;
-        let mut all = listed.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
+        let failed = |why: &dyn fmt::Display| Error::ListFailed(why.to_string());
+        let list = async {
+            let stores = Arc::clone(&self.stores).lock_owned().await;
+            // Whoever comes meanwhile waits for the lock, and not on a thread of their own.
+            tokio::task::spawn_blocking(move || remove::list(&stores)).await
+        };
+        let listed = tokio::time::timeout(DEADLINE, list).await.map_err(|_| {
+            let seconds = DEADLINE.as_secs();
+            failed(&format_args!(
+                "the directory of the stores has not answered for {seconds} s; see to the filesystem of the daemon's state \
+                 directory"
+            ))
+        })?;
+        let mut all = listed.map_err(|error| failed(&error))?.map_err(|error| failed(&error))?;
         let specs: Vec<_> = self.stores().iter().map(|cell| cell.read(|status| Arc::clone(&status.spec))).collect();
         all.retain(|left| {
             remove::is_half_removed(left) || !specs.iter().any(|spec| spec.is_of(&left.name, &left.directory))

@@ -210,5 +210,5 @@ pub(super) trait Machine: Debug + Send + Sync {
     fn remove(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>, own: Option<AbsolutePath>) -> Operated<()>;
 
     /// Removes the directory of a store that is not declared any more.
-    fn remove_left_over(&self, directory: AbsolutePath) -> Later<'static, Result<(), OperationError>>;
+    fn remove_left_over(&self, directory: AbsolutePath) -> Operated<()>;
 }

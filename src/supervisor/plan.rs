@@ -3,6 +3,7 @@
 //! Nothing is remembered between two calls but what is in [`View`], so a daemon that was killed and started again comes to
 //! the same answers as one that was not.
 
+pub(super) mod change;
 pub(super) mod refresh;
 pub(super) mod stack;
 
@@ -44,6 +45,8 @@ pub(super) enum Lower {
     Leaving,
     /// It failed, is not wanted, or is to go down and cannot.
     Unavailable,
+    /// It is up, and not where it would have to be.
+    Elsewhere,
 }
 
 /// The layered stores on top that are mounted.
@@ -76,8 +79,6 @@ pub(super) struct View<'a> {
     pub retry: bool,
     /// Its Nix daemon, or that it has none, is to be seen to.
     pub serve: bool,
-    /// A specification waits, and nobody has looked whether the store can come up with it.
-    pub look_ahead: bool,
 }
 
 /// What to do next.
@@ -98,8 +99,6 @@ pub(super) enum Step {
     FinishSwap,
     /// Have its Nix daemon be what is declared.
     Serve,
-    /// Look whether it can come up with the specification that waits.
-    LookAhead,
     /// Take it down.
     Stop,
     /// Tell that it cannot be taken down for now, because what lies on it stays.
@@ -117,6 +116,8 @@ pub(super) enum Step {
 pub(super) enum Failure {
     /// The store underneath is not there.
     Lower,
+    /// The store underneath is not where it is declared.
+    LowerElsewhere,
     /// Something is mounted on top of it, or of a directory above one of its own.
     Covered(Cover),
     /// Something else is mounted in its place.
@@ -148,10 +149,13 @@ pub(super) fn plan(view: &View<'_>) -> Step {
         // Those on top go first; until then there is nothing to do.
         (true, MountState::Mounted { .. }) if view.carries == Carries::Leaving => Step::Rest,
         (true, MountState::Mounted { .. }) => match view.phase {
+            // It was not taken over, and stays.
+            Phase::Failed { .. } if may_stop && view.carries == Carries::Staying => Step::Adopt,
             _ if may_stop && view.carries == Carries::Staying => Step::Refuse,
             _ if may_stop => Step::Stop,
             // It stays up for now, and as long as it does, it is looked after.
             Phase::Inactive => Step::Adopt,
+            Phase::Active if view.serve => Step::Serve,
             _ => Step::Rest,
         },
         // systemd would unmount what is on top, which is not ours to unmount.
@@ -170,6 +174,7 @@ pub(super) fn plan(view: &View<'_>) -> Step {
             Phase::Active if matches!(view.lower, Lower::Pending | Lower::Leaving) => Step::Settle,
             _ if matches!(view.lower, Lower::Pending | Lower::Leaving) => Step::Rest,
             _ if view.lower == Lower::Unavailable => given_up(Failure::Lower),
+            _ if view.lower == Lower::Elsewhere => given_up(Failure::LowerElsewhere),
             Phase::Active if view.repair => Step::Start { repair: true },
             Phase::Active => Step::Fail(Failure::MountLost),
             _ => Step::Start { repair: false },
@@ -180,7 +185,6 @@ pub(super) fn plan(view: &View<'_>) -> Step {
             if may_stop && view.carries == Carries::Nothing { Step::Stop } else { Step::Rest }
         }
         (false, mount @ MountState::Mounted { .. }) => match view.phase {
-            Phase::Active if view.look_ahead => Step::LookAhead,
             Phase::Active if view.serve => Step::Serve,
             Phase::Active => Step::Rest,
             Phase::Failed { seen } if seen == mount && !view.retry => Step::Rest,
@@ -233,17 +237,17 @@ mod tests {
                 Just(Lower::Ready),
                 Just(Lower::Pending),
                 Just(Lower::Leaving),
-                Just(Lower::Unavailable)
+                Just(Lower::Unavailable),
+                Just(Lower::Elsewhere)
             ],
             mut respecify in any::<bool>(),
             carries in prop_oneof![Just(Carries::Nothing), Just(Carries::Leaving), Just(Carries::Staying)],
             (mut ours, repair, mut retry, mut serve) in any::<(bool, bool, bool, bool)>(),
-            (mut look_ahead, is_fine) in any::<(bool, bool)>(),
         ) {
             let mounted = MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None };
             for _ in 0..9 {
                 let view =
-                    View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry, serve, look_ahead };
+                    View { want, phase: &phase, mount: &mount, lower, respecify, carries, ours, repair, retry, serve };
                 match plan(&view) {
                     Step::Rest => {
                         let up = matches!(mount, MountState::Mounted { .. });
@@ -253,8 +257,12 @@ mod tests {
                                 let active = up && phase == Phase::Active && (!serve || lower == Lower::Leaving);
                                 prop_assert!(active || failed || lower != Lower::Ready, "{:?} {:?}", mount, phase);
                             }
-                            Want::Down if !respecify => prop_assert!(!up || failed || carries == Carries::Leaving || phase == Phase::Active && !retry),
-                            _ => prop_assert!(mount != MountState::Absent),
+                            // What is in the way of a change, or of an end, is the same.
+                            Want::Down if !respecify && !up => {}
+                            _ => {
+                                prop_assert!(mount != MountState::Absent);
+                                prop_assert!(failed || carries == Carries::Leaving || phase == Phase::Active && !retry, "{:?} {:?}", mount, phase);
+                            }
                         }
                         return Ok(());
                     }
@@ -274,13 +282,8 @@ mod tests {
                     Step::FinishSwap => mount = mounted.clone(),
                     Step::Serve => {
                         let is_up = phase == Phase::Active && matches!(mount, MountState::Mounted { .. });
-                        prop_assert!(want == Want::Up && is_up, "only a store that is up has one");
+                        prop_assert!(is_up, "only a store that is up has one");
                         serve = false;
-                    }
-                    Step::LookAhead => {
-                        let is_up = phase == Phase::Active && matches!(mount, MountState::Mounted { .. });
-                        prop_assert!(want == Want::Up && !respecify && is_up, "only a store that is up has to lose something");
-                        (look_ahead, respecify) = (false, is_fine);
                     }
                     Step::Stop => {
                         prop_assert!(ours && carries == Carries::Nothing, "never unmount what is not ours or is stood on");
@@ -316,7 +319,6 @@ mod tests {
             repair: true,
             retry: true,
             serve: false,
-            look_ahead: false,
         };
         let failed = Phase::Failed { seen: covered.clone() };
         for (what, view, step) in [
@@ -337,16 +339,16 @@ mod tests {
                 View { mount: &mounted, phase: &Phase::Active, serve: true, ..base.clone() },
                 Step::Serve,
             ),
-            (
-                "before a store that is up changes it is seen whether it can",
-                View { mount: &mounted, phase: &Phase::Active, look_ahead: true, ..base.clone() },
-                Step::LookAhead,
-            ),
             ("a store waits for the one underneath", View { lower: Lower::Pending, ..base.clone() }, Step::Rest),
             (
                 "a store does not start without the one underneath",
                 View { lower: Lower::Unavailable, ..base.clone() },
                 Step::Fail(Failure::Lower),
+            ),
+            (
+                "a store does not start on one that is not where it is declared",
+                View { lower: Lower::Elsewhere, ..base.clone() },
+                Step::Fail(Failure::LowerElsewhere),
             ),
             (
                 "a covered store is not usable",
@@ -388,6 +390,23 @@ mod tests {
                 "a store that cannot go for now is looked after",
                 View { mount: &mounted, want: Want::Gone, retry: false, ..base.clone() },
                 Step::Adopt,
+            ),
+            (
+                "also if that has failed before",
+                View { mount: &mounted, want: Want::Down, phase: &failed, carries: Carries::Staying, ..base.clone() },
+                Step::Adopt,
+            ),
+            (
+                "its Nix daemon as well",
+                View {
+                    mount: &mounted,
+                    want: Want::Gone,
+                    phase: &Phase::Active,
+                    retry: false,
+                    serve: true,
+                    ..base.clone()
+                },
+                Step::Serve,
             ),
             (
                 "a changed store is taken down before it is made anew",

@@ -27,8 +27,8 @@ use crate::supervisor::{
     simulation::{self, Declared, Event, Play},
 };
 
-const NO: Declared = Declared { there: false, autostart: false, noatime: false, daemon: false };
-const AUTO: Declared = Declared { there: true, autostart: true, noatime: false, daemon: false };
+const NO: Declared = Declared { there: false, autostart: false, noatime: false, daemon: false, moved: false };
+const AUTO: Declared = Declared { there: true, autostart: true, noatime: false, daemon: false, moved: false };
 const BY_HAND: Declared = Declared { autostart: false, ..AUTO };
 
 /// A machine with a daemon on a bus, and an authority.

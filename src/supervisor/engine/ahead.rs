@@ -1,52 +1,66 @@
-//! Looking ahead, whether a store that is up can come up with the specification that waits.
+//! Looking ahead, whether stores that are up can come up with what is declared now, and deciding which of them change.
 
 use std::sync::Arc;
 
 use layered_stores_model::{StoreName, StoreSpec};
 use tokio::time::Instant;
 
-use super::{Engine, done::Done};
-use crate::supervisor::{operation::OperationError, status::Problem, threads::DEADLINE};
+use super::{Engine, done::Done, stuck};
+use crate::supervisor::{
+    entry::Entry,
+    operation::OperationError,
+    plan::change::{self, Change},
+};
 
 impl Engine {
-    /// Begins to look. The store is refreshed meanwhile as ever, whatever does not answer.
-    pub(super) fn look_ahead(&mut self, name: &StoreName) {
-        let Some(next) = self.entries.get_mut(name).and_then(|entry| entry.next.as_mut()) else { return };
-        next.begin_to_look();
-        let (name, spec) = (name.clone(), Arc::clone(&next.spec));
-        let looking = self.machine.look_ahead(&spec);
-        self.operations.spawn(async move {
-            let found = tokio::time::timeout(DEADLINE, looking.result).await.ok();
-            (name, Done::LookedAhead(spec, found))
-        });
+    /// Looks at what is declared and not in force, and has those stores change that can.
+    pub(super) fn consider(&mut self, now: Instant) {
+        let names: Vec<_> =
+            self.entries.iter().filter(|(_, entry)| entry.candidate.is_some()).map(|(name, _)| name.clone()).collect();
+        for name in &names {
+            self.look_ahead(name, now);
+        }
+        let changes: Vec<_> = names.iter().filter_map(|name| as_change(&self.entries[name])).collect();
+        let lower = |name: &StoreName| self.entries.get(name).map(|entry| (self.state_of(entry), &*entry.spec));
+        let mut staying = change::staying(&changes, lower);
+        for name in &names {
+            if let Some(entry) = self.entries.get_mut(name) {
+                entry.decide(staying.remove(name));
+            }
+        }
     }
 
-    /// Takes what was found; nothing if that has not answered in time.
+    /// Begins to look, if it is time to. The store is refreshed meanwhile as ever, whatever does not answer.
+    fn look_ahead(&mut self, name: &StoreName, now: Instant) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        if let Some(spec) = entry.begin_to_look(now) {
+            let looking = self.machine.look_ahead(&spec);
+            entry.looks_ahead(&looking.progress, now);
+            let name = name.clone();
+            self.operations.spawn(async move { (name, Done::LookedAhead(spec, looking.result.await)) });
+        }
+        if let Some(spot) = entry.look_is_silent(now) {
+            let why = stuck::describe(entry.declared_spec(), spot, &*self.machine);
+            entry.look_is_given_up(why, now);
+        }
+    }
+
+    /// Takes what was found.
     pub(super) fn has_looked_ahead(
         &mut self,
         name: &StoreName,
         spec: &Arc<StoreSpec>,
-        found: Option<Result<(), OperationError>>,
+        found: Result<(), OperationError>,
     ) {
-        let Some(entry) = self.entries.get_mut(name) else { return };
-        let Some(next) = entry.next.as_mut().filter(|next| Arc::ptr_eq(&next.spec, spec)) else { return };
-        let why = match found {
-            Some(Ok(())) => None,
-            Some(Err(error)) => Some(error.to_string()),
-            None => Some(format!("one of its directories has not answered for {} s", DEADLINE.as_secs())),
-        };
-        next.was_looked_at(why.is_none());
-        match why {
-            None => entry.clear(&[Problem::NotApplied]),
-            Some(why) => {
-                entry.retries.later(Instant::now());
-                let message = format!(
-                    "it goes on as it was, because with what is declared now it would not come up: {why}; it is tried again"
-                );
-                entry.problem(Problem::NotApplied, message);
-            }
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.look_came_back(spec, found.err().map(|error| error.to_string()), Instant::now());
+            self.look_soon();
         }
-        self.publish(name);
-        self.look_soon();
     }
+}
+
+fn as_change(entry: &Entry) -> Option<Change<'_>> {
+    let candidate = entry.candidate.as_ref()?;
+    let is_up = entry.has_something_to_lose();
+    Some(Change { now: &entry.spec, then: &candidate.spec, is_up, found: &candidate.found })
 }

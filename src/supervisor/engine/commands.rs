@@ -15,10 +15,10 @@ use tokio::time::Instant;
 use super::{Engine, number};
 use crate::supervisor::{
     Error,
-    entry::{Entry, Next, Reply, answer},
+    entry::{Entry, Reply, answer},
     handle::{Asker, Command, Event},
     plan::{Phase, Want},
-    status::Problem,
+    threads::DEADLINE,
 };
 
 impl Engine {
@@ -66,6 +66,24 @@ impl Engine {
     fn reload(&mut self) {
         if self.reloading.begin() {
             self.loading.spawn(self.machine.configuration());
+            self.loading_since = Instant::now();
+        }
+    }
+
+    /// When the configuration is waited for no longer.
+    pub(super) fn loading_due(&self) -> Option<Instant> {
+        (!self.reloading.is_empty() && !self.loading.is_empty()).then(|| self.loading_since + DEADLINE)
+    }
+
+    /// Gives up waiting for a configuration whose filesystem does not answer. It is put in force when it does.
+    pub(super) fn look_at_loading(&mut self, now: Instant) {
+        if self.loading_due().is_some_and(|at| at <= now) {
+            let seconds = DEADLINE.as_secs();
+            let why = format!(
+                "its file has not answered for {seconds} s; see to the filesystem it is on; it is put in force when that answers"
+            );
+            tracing::error!("the configuration was not changed: {why}");
+            answer(self.reloading.all(), &Err(Error::InvalidConfiguration(why)));
         }
     }
 
@@ -83,7 +101,7 @@ impl Engine {
             }
             if entry.phase != Phase::Active || entry.want != Want::Up {
                 entry.want(Want::Up);
-            } else if entry.next.is_some() {
+            } else if entry.candidate.is_some() || entry.next.is_some() {
                 entry.try_again();
             }
             entry.forget_failure();
@@ -147,7 +165,7 @@ impl Engine {
             if !config.stores.iter().any(|spec| spec.name == entry.spec.name) && entry.declared {
                 tracing::info!(store = %entry.spec.name, "{}: no longer declared", entry.spec.name);
                 entry.declared = false;
-                entry.next = None;
+                entry.withdraw();
                 entry.want(Want::Gone);
             }
         }
@@ -161,13 +179,10 @@ impl Engine {
                 entry.want(if spec.autostart { Want::Up } else { Want::Down });
             }
             if entry.spec.needs_restart_for(&spec) {
-                entry.next = Some(Next::new(Arc::new(spec)));
-                entry.clear(&[Problem::NotApplied]);
+                entry.propose(Arc::new(spec));
                 entry.try_again();
             } else {
-                if entry.next.take().is_some() {
-                    entry.clear(&[Problem::Busy, Problem::NotApplied]);
-                }
+                entry.withdraw();
                 if *entry.spec != spec {
                     entry.spec = Arc::new(spec);
                     entry.try_again();

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{Engine, room};
 use crate::supervisor::{
     Error,
-    entry::answer,
+    entry::{Entry, Op, answer},
     handle::Event,
     machine::SwappedOut,
     operation::{Held, OperationError, Up},
@@ -32,7 +32,7 @@ pub(super) enum Done {
     Held(Result<Held, OperationError>),
     OwnerSeen(Option<String>),
     RoomSeen(Result<Room, OperationError>),
-    LookedAhead(Arc<StoreSpec>, Option<Result<(), OperationError>>),
+    LookedAhead(Arc<StoreSpec>, Result<(), OperationError>),
     Job(u64, Option<Result<Vec<Stale>, OperationError>>),
     Served(Option<Service>, Result<(), OperationError>),
     Removed(Result<(), OperationError>),
@@ -161,7 +161,7 @@ impl Engine {
         for above in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
             above.try_again();
             // One that was up all the time goes on with the superblock that was there before.
-            if above.phase == Phase::Active {
+            if above.phase == Phase::Active || above.op == Some(Op::Adopt) {
                 above.refreshes.owed.demand(Changes::lost(), Rung::Swap, now);
             }
         }
@@ -174,13 +174,29 @@ impl Engine {
         let asked = std::mem::take(&mut entry.waiting.stopping);
         if !asked.is_empty() && entry.want == Want::Down {
             // All or nothing: it stays up and looked after.
-            entry.want(Want::Up);
+            self.stays_up(name);
         } else {
             entry.fail_at_what_is_seen();
             entry.retries.later(Instant::now());
             entry.problem(Problem::Busy, format!("it should be down and stays mounted: {why}; it is tried again"));
         }
         answer(asked, &Err(Error::Busy(name.clone(), why.to_owned())));
+    }
+
+    /// Has a store that was to be stopped stay up: a stop that is refused has no effect, now or later. What lies on it may have
+    /// been given up on already.
+    pub(super) fn stays_up(&mut self, name: &StoreName) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.want(Want::Up);
+        }
+        let is_on_it = |entry: &&mut Entry| entry.spec.lower_name() == Some(name);
+        self.entries.values_mut().filter(is_on_it).for_each(Entry::try_again);
+    }
+
+    /// What has failed because another store has one of its directories is tried again.
+    pub(super) fn directories_are_free(&mut self) {
+        let has_failed = |entry: &&mut Entry| matches!(entry.phase, Phase::Failed { .. });
+        self.entries.values_mut().filter(has_failed).for_each(Entry::try_again);
     }
 
     pub(super) fn is_released(&mut self, name: &StoreName, result: Result<(), OperationError>, why: Release) {
@@ -193,16 +209,19 @@ impl Engine {
         match why {
             Release::Respecify => {
                 if let Some(next) = entry.next.take() {
-                    entry.spec = next.spec;
+                    entry.spec = next;
                 }
                 entry.down();
                 entry.try_again();
                 let entry = &self.entries[name];
                 self.register(entry);
+                self.directories_are_free();
             }
             // Declared again in the meantime: it stays.
             Release::Forget if entry.want != Want::Gone => entry.down(),
             Release::Forget => {
+                self.directories_are_free();
+                let Some(entry) = self.entries.get_mut(name) else { return };
                 answer(std::mem::take(&mut entry.waiting.stopping), &Ok(()));
                 let error = Error::NoSuchStore(name.to_string());
                 entry.waiting.answer_all(&error);

@@ -76,6 +76,7 @@ pub struct Engine {
     look_at_stuck: Option<Instant>,
     /// The configuration on its way.
     loading: JoinSet<Result<Config, ConfigError>>,
+    loading_since: Instant,
     /// Those who wait for the configuration to be read, and then for its stores.
     reloading: Askers<()>,
     reload_applied: Vec<Reply>,
@@ -144,6 +145,7 @@ impl Engine {
             mounts_changed: true,
             look_at_stuck: None,
             loading: JoinSet::new(),
+            loading_since: Instant::now(),
             reloading: Askers::default(),
             reload_applied: Vec::new(),
             settling: true,
@@ -245,13 +247,15 @@ impl Engine {
             let serve = entry.serving.due().filter(|_| entry.op.is_none());
             let times =
                 [refresh::refresh_at(entry, free), retry, serve, entry.stuck_due(), entry.refreshes.tell_at(now)];
-            times.into_iter().chain([room::room_at(entry), hold::hold_at(entry)]).flatten().min()
+            times.into_iter().chain([room::room_at(entry), hold::hold_at(entry), entry.candidate_due()]).flatten().min()
         };
         self.entries
             .values()
             .filter_map(of_entry)
             .chain(self.look_at)
             .chain(self.look_at_stuck)
+            .chain(self.removing.values().filter_map(Removing::stuck_due))
+            .chain(self.loading_due())
             .chain(self.jobs.due())
             .min()
     }
@@ -259,7 +263,12 @@ impl Engine {
     fn due(&mut self) {
         let now = Instant::now();
         self.look_at_stuck(now);
+        self.look_at_removals(now);
+        self.look_at_loading(now);
         for entry in self.entries.values_mut() {
+            if entry.candidate_due().is_some_and(|at| at <= now) {
+                self.look_at = Some(now);
+            }
             if entry.op.is_none() && entry.retries.due().is_some_and(|at| at <= now) {
                 entry.try_again();
                 self.look_at = Some(now);

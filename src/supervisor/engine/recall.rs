@@ -9,7 +9,7 @@ use layered_stores_model::StoreName;
 use tokio::time::Instant;
 
 use super::{Engine, stuck::silent};
-use crate::supervisor::{entry::Next, plan::Phase, record::Known, status::Problem};
+use crate::supervisor::{plan::Phase, record::Known, status::Problem};
 
 impl Engine {
     /// What is the matter with the state directory.
@@ -49,8 +49,9 @@ impl Engine {
             };
             // One that is up is where it was found, whatever the record says.
             if entry.op.is_none() && entry.phase != Phase::Active && spec.needs_restart_for(&entry.spec) {
-                entry.next.get_or_insert_with(|| Next::new(Arc::clone(&entry.spec)));
+                let declared = Arc::clone(entry.declared_spec());
                 entry.spec = spec;
+                entry.propose(declared);
                 self.register(&self.entries[&name]);
             }
         }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::supervisor::{
     Error,
-    entry::{Entry, Next, Op, answer},
+    entry::{Entry, Op, answer},
     machine::{Begun, Machine},
     plan::{
         Carries, Lower, Phase, Step, View, Want, plan,
@@ -21,6 +21,16 @@ use crate::supervisor::{
     },
     status::Problem,
 };
+
+/// Whether somebody else has a directory of a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Occupied {
+    No,
+    /// It will be free.
+    ForNow,
+    /// By what stays: who that is.
+    By(String),
+}
 
 impl Engine {
     /// Looks at the mount table, plans for every store that nothing is being done about, and begins what is planned.
@@ -47,6 +57,7 @@ impl Engine {
         }
         drop(registry);
         self.confirm(now);
+        self.consider(now);
         for name in self.entries.keys().cloned().collect::<Vec<_>>() {
             // Planning for one store can take several steps, and none of them more than once.
             for _ in 0..4 {
@@ -117,11 +128,8 @@ impl Engine {
             return false;
         }
         let Some(entry) = self.entries.get(name) else { return false };
-        let lower = if entry.phase != Phase::Active && self.is_occupied(entry) {
-            Lower::Pending
-        } else {
-            entry.spec.lower_name().map_or(Lower::Ready, |lower| self.lower_state(lower))
-        };
+        let occupied = if entry.phase == Phase::Active { Occupied::No } else { self.occupied(entry) };
+        let lower = if occupied == Occupied::ForNow { Lower::Pending } else { self.lower_state(&entry.spec) };
         let goes_down = entry.want != Want::Up || entry.respecifies();
         let carries = if goes_down { self.carries(name) } else { Carries::Nothing };
         let Some(entry) = self.entries.get_mut(name) else { return false };
@@ -138,7 +146,6 @@ impl Engine {
             repair: entry.retries.may_repair(now),
             retry: entry.retries.is_allowed(),
             serve: entry.is_to_be_served(),
-            look_ahead: entry.is_to_be_looked_ahead(),
             phase: &entry.phase,
             mount: &entry.mount,
         };
@@ -164,6 +171,11 @@ impl Engine {
                 true
             }
             Step::Start { repair } => {
+                if let Occupied::By(why) = occupied {
+                    entry.fail(Problem::StartFailed, why);
+                    entry.retries.later(now);
+                    return true;
+                }
                 if repair {
                     tracing::warn!(store = %name, "{name}: its mount is gone and is made again");
                     entry.retries.repaired(now);
@@ -182,10 +194,6 @@ impl Engine {
                 let service = entry.spec.service();
                 self.begin(name, Op::Serve, Machine::serve, |result| Done::Served(service, result));
                 false
-            }
-            Step::LookAhead => {
-                self.look_ahead(name);
-                true
             }
             Step::Refuse => {
                 let above: Vec<_> = self.on_top_of(name).map(|entry| entry.spec.name.to_string()).collect();
@@ -240,18 +248,28 @@ impl Engine {
         }
     }
 
-    /// Whether another store that is on its way down still has one of a store's directories, because it was given another name, or
-    /// one of them is being removed.
-    pub(super) fn is_occupied(&self, entry: &Entry) -> bool {
-        let is_being_removed = |(name, removing): (&StoreName, &Removing)| entry.spec.is_of(name, &removing.directory);
-        if self.removing.iter().any(is_being_removed) {
-            return true;
+    /// Whether another store still has one of a store's directories, because one of the two was given other ones, or one of them
+    /// is being removed.
+    pub(super) fn occupied(&self, entry: &Entry) -> Occupied {
+        let is_its_own = |(name, removing): &(&StoreName, &Removing)| entry.spec.is_of(name, &removing.directory);
+        if let Some((_, removing)) = self.removing.iter().find(is_its_own) {
+            return match &removing.stuck {
+                Some(why) => Occupied::By(format!("{} is being removed, and {why}", removing.directory)),
+                None => Occupied::ForNow,
+            };
         }
-        let is_leaving = |other: &&Entry| other.want == Want::Gone || other.next.is_some();
-        self.entries
-            .values()
-            .filter(is_leaving)
-            .any(|other| other.spec.name != entry.spec.name && other.spec.shares_directories_with(&entry.spec))
+        let leaves = |other: &Entry| other.want == Want::Gone || other.next.is_some() || other.candidate.is_some();
+        let has_one = |other: &&Entry| {
+            other.spec.name != entry.spec.name && leaves(other) && other.spec.shares_directories_with(&entry.spec)
+        };
+        match self.entries.values().find(has_one) {
+            None => Occupied::No,
+            Some(other) if other.candidate.is_none() || other.is_considered() => Occupied::ForNow,
+            Some(Entry { spec, .. }) => Occupied::By(format!(
+                "the store {0} has one of its directories and goes on as it was; see `layered-stores status {0}`",
+                spec.name
+            )),
+        }
     }
 
     /// What the stores mean for a store that lie on it and are mounted, or may be.
@@ -268,9 +286,24 @@ impl Engine {
         stack::carries(below.want, above)
     }
 
-    /// What a store is for those that lie on it.
-    pub(super) fn lower_state(&self, lower: &StoreName) -> Lower {
+    /// What the store underneath is for one that lies on it.
+    fn lower_state(&self, above: &StoreSpec) -> Lower {
+        let Some(lower) = above.lower_name() else { return Lower::Ready };
         let Some(entry) = self.entries.get(lower) else { return Lower::Unavailable };
+        match self.state_of(entry) {
+            Lower::Ready if entry.spec.layers.merged != above.layers.lower => {
+                if entry.is_considered() {
+                    Lower::Pending
+                } else {
+                    Lower::Elsewhere
+                }
+            }
+            state => state,
+        }
+    }
+
+    /// What a store is for those that lie on it, where it is.
+    pub(super) fn state_of(&self, entry: &Entry) -> Lower {
         stack::lower(&Underneath {
             want: entry.want,
             respecify: entry.respecifies(),
@@ -288,8 +321,7 @@ impl Engine {
         match &entry.phase {
             Phase::Active => {
                 // It may be about to change.
-                let is_looked_ahead = entry.next.as_ref().is_some_and(Next::is_being_looked_at);
-                if !is_looked_ahead {
+                if !entry.is_considered() {
                     let not_applied = entry.message(Problem::NotApplied).map(str::to_owned);
                     let answered = not_applied.map_or(Ok(()), |why| Err(Error::StartFailed(name.clone(), why)));
                     answer(std::mem::take(&mut entry.waiting.starting), &answered);
@@ -304,8 +336,7 @@ impl Engine {
                 answer(std::mem::take(&mut entry.waiting.starting), &failed);
                 let asked = std::mem::take(&mut entry.waiting.stopping);
                 if !asked.is_empty() && entry.want == Want::Down {
-                    // A stop that is refused has no effect, now or later.
-                    entry.want(Want::Up);
+                    self.stays_up(name);
                     self.look_at.get_or_insert(Instant::now());
                 }
                 answer(asked, &Err(Error::Busy(name.clone(), reason)));

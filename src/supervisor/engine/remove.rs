@@ -1,14 +1,20 @@
 //! Removing what is in stores that are down, and what is left of those that are declared no more.
 
+use std::sync::{Arc, Weak};
+
 use layered_stores_model::{AbsolutePath, PathError, StoreName};
 use layered_stores_overlay::{mountinfo::MountState, remove::RemoveError};
 
-use super::{Engine, done::Done};
+use tokio::time::Instant;
+
+use super::{Engine, done::Done, reconcile::Occupied, stuck::silent};
 use crate::supervisor::{
     Error,
     entry::{Entry, Op, Reply, answer},
+    machine::Follow,
     operation::OperationError,
     plan::{Phase, Want},
+    threads::DEADLINE,
 };
 
 /// A directory that is being removed. No store that has to do with it is started meanwhile.
@@ -16,6 +22,17 @@ use crate::supervisor::{
 pub(super) struct Removing {
     pub(super) directory: AbsolutePath,
     pub(super) waiting: Vec<Reply>,
+    progress: Weak<dyn Follow>,
+    /// Why it is waited for no longer.
+    pub(super) stuck: Option<String>,
+}
+
+impl Removing {
+    /// When it is waited for no longer.
+    pub(super) fn stuck_due(&self) -> Option<Instant> {
+        let (_, since) = self.progress.upgrade().filter(|_| self.stuck.is_none())?.waits_for()?;
+        Some(since + DEADLINE)
+    }
 }
 
 impl Engine {
@@ -63,14 +80,17 @@ impl Engine {
         }
         let failed = matches!(entry.phase, Phase::Failed { .. });
         let is_down = failed || (entry.phase == Phase::Inactive && entry.want != Want::Up);
-        let is_idle = entry.op.is_none() && entry.next.is_none();
+        let is_idle = entry.op.is_none() && !entry.may_respecify();
         if !is_down || !is_idle || entry.mount != MountState::Absent {
             return refuse(format!("it is not stopped; run `layered-stores stop {name}` first"));
         }
-        if self.is_occupied(entry) {
-            return refuse("another store that has one of its directories is on its way down; try again".to_owned());
+        match self.occupied(entry) {
+            Occupied::No => Ok(()),
+            Occupied::ForNow => {
+                refuse("another store that has one of its directories is on its way down; try again".to_owned())
+            }
+            Occupied::By(why) => refuse(why),
         }
-        Ok(())
     }
 
     /// The directory that a store has for itself, if it was not given others.
@@ -86,31 +106,49 @@ impl Engine {
                 return;
             }
         };
-        let uses = |entry: &&Entry| {
-            [Some(&entry.spec), entry.next.as_ref().map(|next| &next.spec)]
-                .into_iter()
-                .flatten()
-                .any(|spec| spec.is_of(&name, &directory))
-        };
+        let uses =
+            |entry: &&Entry| [&entry.spec, entry.declared_spec()].into_iter().any(|spec| spec.is_of(&name, &directory));
         if let Some(user) = self.entries.values().find(uses) {
             let why = format!("store {:?} has directories in {directory}", user.spec.name.as_str());
             let _ = reply.send(Err(Error::InUse(name, why)));
             return;
         }
         if let Some(removing) = self.removing.get_mut(&name) {
-            removing.waiting.push(reply);
+            match &removing.stuck {
+                Some(why) => drop(reply.send(Err(Error::Stuck(name, why.clone())))),
+                None => removing.waiting.push(reply),
+            }
             return;
         }
-        self.removing.insert(name.clone(), Removing { directory: directory.clone(), waiting: vec![reply] });
-        let removed = self.machine.remove_left_over(directory);
+        let begun = self.machine.remove_left_over(directory.clone());
+        let progress = Arc::downgrade(&begun.progress);
+        let removing = Removing { directory, waiting: vec![reply], progress, stuck: None };
+        self.removing.insert(name.clone(), removing);
         self.operations.spawn(async move {
-            let result = match removed.await {
+            let result = match begun.result.await {
                 Ok(()) => Ok(()),
                 Err(OperationError::Remove(RemoveError::Nothing(_))) => Err(Error::NothingLeft(name.clone())),
                 Err(error) => Err(Error::RemoveFailed(name.clone(), error.to_string())),
             };
             (name, Done::LeftOverRemoved(result))
         });
+    }
+
+    /// Gives up waiting for removals that have got no further for [`DEADLINE`]. They go on if they can.
+    pub(super) fn look_at_removals(&mut self, now: Instant) {
+        let mut is_any = false;
+        for (name, removing) in &mut self.removing {
+            if removing.stuck_due().is_some_and(|at| at <= now) {
+                let why = silent("its directory", removing.directory.as_path(), &*self.machine);
+                tracing::warn!(store = %name, "{name}: what is left of it cannot be removed: {why}");
+                answer(removing.waiting.drain(..), &Err(Error::Stuck(name.clone(), why.clone())));
+                removing.stuck = Some(why);
+                is_any = true;
+            }
+        }
+        if is_any {
+            self.look_soon();
+        }
     }
 
     /// What is left of a store was removed, or not.
@@ -122,6 +160,7 @@ impl Engine {
             answer(removing.waiting, result);
         }
         // It may be declared again, and wait for this.
+        self.directories_are_free();
         self.look_soon();
     }
 

@@ -90,7 +90,7 @@ pub(super) fn silent(what: &str, dir: &Path, machine: &dyn Machine) -> String {
     }
 }
 
-fn describe(spec: &StoreSpec, spot: Spot, machine: &dyn Machine) -> String {
+pub(super) fn describe(spec: &StoreSpec, spot: Spot, machine: &dyn Machine) -> String {
     let layers = &spec.layers;
     let seconds = DEADLINE.as_secs();
     let directory =

@@ -9,7 +9,7 @@ use layered_stores_overlay::{
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::supervisor::operation::Held;
+use crate::supervisor::{operation::Held, plan::change::Stay};
 
 const MOUNTED: MountState = MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None };
 const BELOW: &str = "[stores.a]\nlower-store = \"/srv\"\n";
@@ -32,38 +32,104 @@ fn up() -> Entry {
     entry
 }
 
-/// One that is to have another mount option, and can.
-fn respecified() -> Entry {
+/// One that is to have another mount option.
+fn proposed() -> Entry {
     let mut entry = up();
     let mut next = (*entry.spec).clone();
     next.layers.options.push(layered_stores_model::MountOption::Noatime);
-    entry.next = Some(Next::new(Arc::new(next)));
-    looked_at(&mut entry, true);
+    entry.propose(Arc::new(next));
     entry
 }
 
-fn looked_at(entry: &mut Entry, is_fine: bool) {
-    entry.next.as_mut().expect("it waits").was_looked_at(is_fine);
+/// The same, and it can.
+fn respecified() -> Entry {
+    let mut entry = proposed();
+    entry.decide(None);
+    entry
+}
+
+fn because(why: &str) -> Option<Stay> {
+    Some(Stay::Because(why.to_owned()))
 }
 
 #[test]
-fn one_that_is_up_changes_once_it_is_known_that_it_can() {
-    let mut entry = respecified();
-    assert!(entry.respecifies() && !entry.is_to_be_looked_ahead());
-    looked_at(&mut entry, false);
-    assert!(!entry.respecifies() && entry.is_to_be_looked_ahead() && entry.may_respecify());
-    entry.retries.later(Instant::now());
-    assert!(!entry.is_to_be_looked_ahead() && !entry.may_respecify(), "not all the time");
-    entry.try_again();
-    entry.next.as_mut().expect("it waits").begin_to_look();
-    assert!(!entry.respecifies() && !entry.is_to_be_looked_ahead() && entry.may_respecify(), "somebody looks");
-    for down in [|entry: &mut Entry| entry.want = Want::Down, |entry: &mut Entry| entry.mount = MountState::Absent] {
-        let mut entry = respecified();
-        looked_at(&mut entry, false);
-        down(&mut entry);
-        assert!(entry.respecifies() && !entry.is_to_be_looked_ahead(), "it has nothing to lose");
+fn one_that_is_up_is_looked_at_once_and_again_after_a_failure() {
+    let mut entry = proposed();
+    let now = Instant::now();
+    assert!(entry.is_considered() && !entry.respecifies() && entry.may_respecify() && !entry.is_settled());
+    let spec = entry.begin_to_look(now).expect("it is due");
+    let progress: Arc<dyn Follow> = Arc::new(Waits(Some((Spot::Upper, now))));
+    entry.looks_ahead(&progress, now);
+    assert!(entry.begin_to_look(now).is_none(), "somebody looks");
+    assert_eq!(entry.candidate_due(), Some(now + DEADLINE));
+    entry.look_came_back(&spec, Some("it is mistyped".to_owned()), now);
+    entry.decide(because("it is mistyped"));
+    assert!(!entry.is_considered() && !entry.may_respecify() && entry.is_settled());
+    assert!(entry.message(Problem::NotApplied).is_some_and(|told| told.contains("it is mistyped")));
+    assert!(entry.begin_to_look(now).is_none(), "not all the time");
+    assert!(entry.next_try_usec() > 0);
+    let due = entry.candidate_due().expect("it is tried again");
+    let spec = entry.begin_to_look(due).expect("it is due");
+    assert!(entry.is_considered() && entry.has(Problem::NotApplied), "what was said holds until more is known");
+    entry.looks_ahead(&progress, due);
+    entry.look_came_back(&spec, None, due);
+    entry.decide(None);
+    assert!(entry.respecifies() && !entry.has(Problem::NotApplied) && !entry.is_settled());
+}
+
+#[test]
+fn a_look_that_does_not_come_back_is_waited_for_once_and_no_other_begins() {
+    let mut entry = proposed();
+    let now = Instant::now();
+    let first = entry.begin_to_look(now).expect("it is due");
+    let progress: Arc<dyn Follow> = Arc::new(Waits(Some((Spot::Upper, now))));
+    entry.looks_ahead(&progress, now);
+    assert_eq!(entry.look_is_silent(now + DEADLINE / 2), None);
+    for declared_again in [false, true] {
+        if declared_again {
+            entry.candidate = None;
+            entry.propose(Arc::clone(&first));
+            entry.candidate.as_mut().expect("proposed").spec = Arc::new((*first).clone());
+        } else {
+            entry.try_again();
+        }
+        assert!(entry.begin_to_look(now).is_none(), "the first look is out");
+        assert_eq!(entry.look_is_silent(now + DEADLINE), Some(Spot::Upper));
+        entry.look_is_given_up("it does not answer".to_owned(), now + DEADLINE);
+        entry.decide(because("it does not answer"));
+        assert!(!entry.is_considered(), "nobody waits for it");
     }
-    assert!(!up().respecifies() && !up().is_to_be_looked_ahead());
+    entry.look_came_back(&first, None, now + DEADLINE * 2);
+    assert!(entry.begin_to_look(now + DEADLINE * 2).is_some(), "of another declaration nothing is known");
+}
+
+#[test]
+fn one_that_is_down_or_has_failed_has_nothing_to_lose() {
+    assert!(up().has_something_to_lose());
+    let changes: [fn(&mut Entry); 3] = [
+        |entry| entry.want = Want::Down,
+        |entry| entry.mount = MountState::Absent,
+        |entry| entry.fail(Problem::StartFailed, String::new()),
+    ];
+    for change in changes {
+        let mut entry = proposed();
+        change(&mut entry);
+        assert!(!entry.has_something_to_lose() && entry.begin_to_look(Instant::now()).is_none());
+    }
+}
+
+#[test]
+fn what_is_withdrawn_is_said_no_more() {
+    let mut entry = proposed();
+    entry.decide(because("it is mistyped"));
+    assert!(entry.withdraw() && !entry.withdraw());
+    assert!(entry.candidate.is_none() && codes(&entry).is_empty());
+    let mut entry = respecified();
+    entry.problem(Problem::Busy, String::new());
+    let next = Arc::clone(entry.declared_spec());
+    entry.propose(next);
+    assert!(entry.respecifies() && entry.has(Problem::Busy), "that is on its way");
+    assert!(entry.withdraw() && !entry.respecifies() && codes(&entry).is_empty());
 }
 
 fn codes(entry: &Entry) -> Vec<Problem> {
@@ -218,18 +284,15 @@ async fn the_upper_layer_is_given_back_where_a_mount_was_lost_and_kept_where_som
 }
 
 #[test]
-fn a_nix_daemon_is_seen_to_once_the_store_is_up_as_declared_and_no_failure_is_waited_out() {
+fn a_nix_daemon_is_seen_to_as_long_as_the_store_is_up_and_a_failure_is_waited_out() {
     let unserved = || {
         let mut entry = up();
         entry.serving.found(true);
         entry
     };
     assert!(unserved().is_to_be_served() && !up().is_to_be_served());
-    let not_yet: [fn(&mut Entry); 3] = [
-        |entry| entry.phase = Phase::Inactive,
-        |entry| entry.next = respecified().next,
-        |entry| entry.serving.failed(Instant::now()),
-    ];
+    let not_yet: [fn(&mut Entry); 2] =
+        [|entry| entry.phase = Phase::Inactive, |entry| entry.serving.failed(Instant::now())];
     for change in not_yet {
         let mut entry = unserved();
         change(&mut entry);
@@ -248,7 +311,7 @@ fn a_mount_that_somebody_has_made_takes_other_options_and_no_other_directories()
     assert!(entry.next.is_none() && entry.spec.layers.options.len() == 1);
     let mut next = (*entry.spec).clone();
     next.layers.upper = "/elsewhere".parse().expect("valid");
-    entry.next = Some(Next::new(Arc::new(next)));
+    entry.next = Some(Arc::new(next));
     entry.take_next_in_place();
     assert!(entry.next.is_some());
 }

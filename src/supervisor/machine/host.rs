@@ -258,10 +258,14 @@ impl Machine for Host {
         self.begin(spec, |tools, errand| operation::remove(tools, errand, lock, own))
     }
 
-    fn remove_left_over(&self, directory: AbsolutePath) -> Later<'static, Result<(), OperationError>> {
-        let records = self.tools.records.clone();
-        let thread = tokio::task::spawn_blocking(move || operation::remove_left_over(&records, &directory));
-        Box::pin(async move { Ok(thread.await.map_err(|error| OperationError::Panic(error.to_string()))??) })
+    fn remove_left_over(&self, directory: AbsolutePath) -> Operated<()> {
+        let (records, progress) = (self.tools.records.clone(), Arc::<Progress>::default());
+        let followed = Arc::clone(&progress);
+        let remove = move || followed.follow(|| operation::remove_left_over(&records, &directory));
+        let thread = tokio::task::spawn_blocking(remove);
+        let result =
+            Box::pin(async move { Ok(thread.await.map_err(|error| OperationError::Panic(error.to_string()))??) });
+        Begun { progress, result }
     }
 }
 

@@ -3,7 +3,10 @@
 use layered_stores_model::StoreName;
 use layered_stores_overlay::mountinfo::MountState;
 
-use super::{Play, has, name, world::NAMES};
+use super::{
+    Play, has, name,
+    world::{Mount, NAMES},
+};
 use crate::{
     supervisor::{Problem, State},
     systemd::SocketState,
@@ -17,7 +20,11 @@ impl Play {
             // What somebody else has mounted is left alone, and what one daemon knows of it the next need not.
             let is_theirs = self.spec_in_force(&name).is_some_and(|spec| {
                 let mut world = self.world.lock();
-                world.state(&spec.layers) != MountState::Absent && !world.store(&name).unit
+                // They may have mounted it where it was declared before.
+                let upper = &spec.layers.upper;
+                let is_of_it = |mount: &Mount| mount.layers.as_ref().is_some_and(|layers| layers.upper == *upper);
+                let is_there = world.state(&spec.layers) != MountState::Absent || world.mounts.iter().any(is_of_it);
+                is_there && !world.store(&name).unit
             });
             match self.status(&name) {
                 _ if is_theirs => format!("{name}: theirs"),
@@ -70,7 +77,13 @@ impl Play {
             }
             let is_busy = has(&status, Problem::Busy);
             match declared {
-                Some(spec) if is_mounted && store.unit && *status.spec != spec && !is_busy => {
+                Some(spec)
+                    if is_mounted
+                        && store.unit
+                        && *status.spec != spec
+                        && !is_busy
+                        && !has(&status, Problem::NotApplied) =>
+                {
                     wrong.push("it is not as declared");
                 }
                 None if store.unit && !is_busy => wrong.push("it is declared no more, and not gone"),

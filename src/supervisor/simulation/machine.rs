@@ -32,7 +32,7 @@ use super::{
 use crate::supervisor::{
     handle::Command,
     machine::{Begun, Guard, Later, Machine, Operated, Refreshed, Refreshing, SwappedOut},
-    operation::{Held, OperationError, Up},
+    operation::{Held, Up},
     owed::Aim,
     record::{Known, RecordError},
 };
@@ -139,6 +139,9 @@ impl Machine for Simulated {
         let world = Arc::clone(&self.0);
         Box::pin(async move {
             tokio::time::sleep(world.pause()).await;
+            while world.lock().configuration_hangs {
+                world.goes_on.notified().await;
+            }
             let world = world.lock();
             let read = world.mistaken.as_deref().map_or_else(|| Ok(world.config()), parse);
             read.map_err(|diagnostics| ConfigError::Invalid { path: PathBuf::from("/config.toml"), diagnostics })
@@ -149,6 +152,9 @@ impl Machine for Simulated {
         let world = Arc::clone(&self.0);
         Box::pin(async move {
             tokio::time::sleep(world.pause()).await;
+            while world.lock().records_hang {
+                world.goes_on.notified().await;
+            }
             let stores = world.lock().stores.values().filter_map(|store| store.record.clone()).collect();
             Ok(Known { stores, unreadable: Vec::new() })
         })
@@ -217,7 +223,11 @@ impl Machine for Simulated {
     }
 
     fn let_go(&self, name: &StoreName, number: u64) {
-        self.0.lock().kept.remove(&(name.clone(), number));
+        let mut world = self.0.lock();
+        if !world.retired.contains(&number) {
+            world.violations.push(format!("{name}: what was swapped out and still takes writes is let go"));
+        }
+        world.kept.remove(&(name.clone(), number));
     }
 
     fn other_owner(&self, spec: &Arc<StoreSpec>) -> Begun<Option<String>> {
@@ -239,12 +249,17 @@ impl Machine for Simulated {
         self.begin(spec, |doing| doing.remove(lock))
     }
 
-    fn remove_left_over(&self, directory: AbsolutePath) -> Later<'static, Result<(), OperationError>> {
-        let world = Arc::clone(&self.0);
-        Box::pin(async move {
+    fn remove_left_over(&self, directory: AbsolutePath) -> Operated<()> {
+        let (world, waits) = (Arc::clone(&self.0), Arc::<Waits>::default());
+        let progress = Arc::clone(&waits);
+        let result = Box::pin(async move {
+            waits.at(Spot::Root);
             tokio::time::sleep(world.pause()).await;
-            let is_known = NAMES.iter().any(|name| directory.as_path().ends_with(name));
-            if is_known { Ok(()) } else { Err(RemoveError::Nothing(directory).into()) }
-        })
+            let name = NAMES.into_iter().find(|name| directory.as_path().ends_with(name));
+            let Some(name) = name else { return Err(RemoveError::Nothing(directory).into()) };
+            world.until_it_answers(&name.parse().expect("valid")).await;
+            Ok(())
+        });
+        Begun { progress, result }
     }
 }

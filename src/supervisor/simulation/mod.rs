@@ -49,6 +49,8 @@ pub(crate) struct Declared {
     pub(crate) noatime: bool,
     /// With a Nix daemon.
     pub(crate) daemon: bool,
+    /// At another root.
+    pub(crate) moved: bool,
 }
 
 /// Something that befalls the daemon or its machine. Numbers are those of stores.
@@ -82,6 +84,9 @@ pub(crate) enum Event {
     Full(usize, bool),
     /// Whether with another declaration a store would not come up.
     CannotChange(usize, bool),
+    /// The filesystem of the configuration, or of the records, does not answer, or does again.
+    HangConfiguration(bool),
+    HangRecords(bool),
     SocketFails(usize),
     /// The daemon is killed, and started again.
     Kill,
@@ -107,6 +112,9 @@ fn configuration(declared: &[Declared; 3]) -> String {
         let lower = if number == 2 && declared[0].there { "layered:a" } else { "/lower" };
         let _ =
             write!(text, "[stores.{}]\nlower-store = \"{lower}\"\nautostart = {}\n", NAMES[number], store.autostart);
+        if store.moved {
+            let _ = writeln!(text, "root = \"/elsewhere/{}\"", NAMES[number]);
+        }
         if store.noatime {
             text.push_str("mount-options = [\"noatime\"]\n");
         }
@@ -137,6 +145,8 @@ pub(crate) struct Play {
     daemon: Daemon,
     waiters: Vec<Waiter>,
     tell: Tell,
+    /// What is declared may not be what was read last.
+    had_mistakes: bool,
 }
 
 /// Takes the news of a daemon that begins.
@@ -147,7 +157,7 @@ impl Play {
         let world = World::new(seed, can_swap);
         world.lock().configuration = configuration(declared);
         let daemon = Daemon::start(&world, &tell).await;
-        Self { world, daemon, waiters: Vec::new(), tell }
+        Self { world, daemon, waiters: Vec::new(), tell, had_mistakes: false }
     }
 
     /// Writes a configuration that is not read before somebody asks for that.
@@ -210,6 +220,7 @@ impl Play {
                 self.ask("reload".to_owned(), Command::Reload);
             }
             Event::Mistake(is_there) => {
+                self.had_mistakes |= is_there;
                 let text = format!("{}[stores.a.b]\n", world.lock().configuration);
                 world.lock().mistaken = is_there.then_some(text);
             }
@@ -218,7 +229,7 @@ impl Play {
                 let mut world = world.lock();
                 world.change(&name(of), &path, needs_swap, is_seen);
                 let is_on_it = |spec: &StoreSpec| spec.lower_name() == Some(&name(of));
-                if let Some(above) = world.config().stores.into_iter().find(is_on_it) {
+                if let Some(above) = world.in_force().into_iter().find(is_on_it) {
                     // Its lower store is a merged directory, of which no watch tells what its layers have got.
                     let above = world.store(&above.name);
                     above.version += 1;
@@ -259,6 +270,8 @@ impl Play {
             Event::Left(of, left) => world.lock().store(&name(of)).left = left,
             Event::Full(of, is_full) => world.lock().store(&name(of)).full = is_full,
             Event::CannotChange(of, cannot) => world.lock().store(&name(of)).cannot_change = cannot,
+            Event::HangConfiguration(hangs) => world.lock().configuration_hangs = hangs,
+            Event::HangRecords(hangs) => world.lock().records_hang = hangs,
             Event::SocketFails(of) => {
                 if let Some(socket) = world.lock().sockets.get_mut(&name(of)) {
                     *socket = SocketState::Failed("trigger-limit-hit".to_owned());
@@ -308,11 +321,12 @@ impl Play {
             let store = world.store(&name(of));
             (store.hangs, store.failures, store.in_use, store.left, store.full) = (false, 0, false, 0, false);
             store.cannot_change = false;
-            drop(world);
-            while self.spec_in_force(&name(of)).is_some_and(|spec| {
-                let point = spec.layers.merged.as_str();
-                self.world.lock().unmount(point, |mount| mount.layers.is_none()).is_some()
-            }) {}
+            world.mounts.retain(|mount| mount.layers.is_some());
+        }
+        (self.world.lock().configuration_hangs, self.world.lock().records_hang) = (false, false);
+        if std::mem::take(&mut self.had_mistakes) {
+            self.world.lock().mistaken = None;
+            self.ask("reload".to_owned(), Command::Reload);
         }
         self.befall(Event::Wait(Duration::ZERO)).await;
         self.befall(Event::Wait(REST)).await;

@@ -7,15 +7,15 @@ use std::time::Duration;
 use super::{
     Declared,
     Event::{
-        CannotChange, Change, Fail, GoOn, Hang, Kill, MountByHand, MountForeign, Reload, Remount, Restart, SocketFails,
-        Start, Stop, Unmount, Wait,
+        CannotChange, Change, Fail, GoOn, Hang, HangConfiguration, HangRecords, Kill, MountByHand, MountForeign,
+        Reload, Remount, RemoveData, Restart, SocketFails, Start, Stop, Unmount, Use, Wait,
     },
     Play, Problem, State, has, name, play, run, tell_nobody,
 };
 use crate::supervisor::Asker;
 
-const NO: Declared = Declared { there: false, autostart: false, noatime: false, daemon: false };
-const AUTO: Declared = Declared { there: true, autostart: true, noatime: false, daemon: false };
+const NO: Declared = Declared { there: false, autostart: false, noatime: false, daemon: false, moved: false };
+const AUTO: Declared = Declared { there: true, autostart: true, noatime: false, daemon: false, moved: false };
 const BY_HAND: Declared = Declared { autostart: false, ..AUTO };
 
 fn noatime(declared: Declared) -> Declared {
@@ -100,35 +100,113 @@ fn a_socket_that_fails_at_once_is_seen_to() {
     }
 }
 
+/// Plays events one after the other, and looks at what has come of them.
+fn see(declared: [Declared; 3], events: Vec<super::Event>, look: impl FnOnce(&Play)) {
+    run(async {
+        let mut play = Play::begin(0, true, &declared, Box::new(tell_nobody)).await;
+        go_on(&mut play, events).await;
+        look(&play);
+        assert_eq!(play.violations(), [""; 0]);
+    });
+}
+
+async fn go_on(play: &mut Play, events: Vec<super::Event>) {
+    for event in events {
+        play.befall(event).await;
+    }
+}
+
+fn status(play: &Play, of: usize) -> super::Status {
+    play.status(&name(of)).expect("declared")
+}
+
 /// Has a store that is up declared otherwise, while it could not come up like that, and then could.
-fn goes_on_as_it_was(what_is_wrong: super::Event, what_puts_it_right: super::Event) {
+fn goes_on_as_it_was(change: fn(Declared) -> Declared, what_is_wrong: super::Event, what_puts_it_right: super::Event) {
     run(async {
         let mut play = Play::begin(0, true, &[AUTO, NO, AUTO], Box::new(tell_nobody)).await;
-        let changed = Reload([noatime(AUTO), NO, AUTO]);
-        for event in [milliseconds(5000), what_is_wrong, changed, milliseconds(15_000), Remount(0, Asker::Root)] {
-            play.befall(event).await;
-        }
-        let status = |play: &Play, of| play.status(&name(of)).expect("declared");
-        let is_changed = |play: &Play| status(play, 0).spec.layers.options != status(play, 2).spec.layers.options;
+        go_on(&mut play, vec![milliseconds(5000)]).await;
+        let before = [0, 2].map(|of| status(&play, of).spec);
+        let changed = Reload([change(AUTO), NO, AUTO]);
+        go_on(&mut play, vec![what_is_wrong, changed, milliseconds(15_000), Remount(0, Asker::Root)]).await;
         assert_eq!([0, 2].map(|of| status(&play, of).state), [State::Active; 2]);
-        assert!(!is_changed(&play) && has(&status(&play, 0), Problem::NotApplied));
-        play.befall(what_puts_it_right).await;
-        play.befall(milliseconds(301_000)).await;
+        assert_eq!([0, 2].map(|of| status(&play, of).spec), before);
+        assert!(has(&status(&play, 0), Problem::NotApplied));
+        // Longer than a thread for each try would do.
+        go_on(&mut play, vec![milliseconds(3_600_000), what_puts_it_right, milliseconds(301_000)]).await;
         assert!(play.waiters.is_empty(), "who has reloaded was answered");
-        assert!(is_changed(&play) && !has(&status(&play, 0), Problem::NotApplied));
+        for of in [0, 2] {
+            let (status, declared) = (status(&play, of), play.spec(&name(of)));
+            assert_eq!((status.state, Some(&*status.spec)), (State::Active, declared.as_ref()));
+            assert!(!has(&status, Problem::NotApplied));
+        }
         play.check();
         assert_eq!(play.violations(), [""; 0]);
     });
 }
 
+fn moved(declared: Declared) -> Declared {
+    Declared { moved: true, ..declared }
+}
+
 #[test]
 fn a_store_that_would_not_come_up_as_it_is_declared_now_goes_on_as_it_was() {
-    goes_on_as_it_was(CannotChange(0, true), CannotChange(0, false));
+    goes_on_as_it_was(noatime, CannotChange(0, true), CannotChange(0, false));
+}
+
+#[test]
+fn those_that_lie_on_a_store_that_goes_on_where_it_was_do_so_too() {
+    goes_on_as_it_was(moved, CannotChange(0, true), CannotChange(0, false));
+}
+
+#[test]
+fn a_store_that_moves_stays_if_what_lies_on_it_would_not_come_up_again() {
+    goes_on_as_it_was(moved, CannotChange(2, true), CannotChange(2, false));
 }
 
 #[test]
 fn a_store_whose_next_directories_do_not_answer_goes_on_as_it_was() {
-    goes_on_as_it_was(Hang(0), GoOn(0));
+    goes_on_as_it_was(noatime, Hang(0), GoOn(0));
+}
+
+#[test]
+fn a_store_that_failed_changes_at_once_and_a_change_of_mind_is_forgotten() {
+    let events = vec![milliseconds(5000), Fail(0, 1), Kill, milliseconds(3000), Reload([noatime(AUTO), NO, NO])];
+    see([AUTO, NO, NO], [events, vec![milliseconds(4000)]].concat(), |play| {
+        assert_eq!(Some(&*status(play, 0).spec), play.spec(&name(0)).as_ref());
+        assert_eq!(status(play, 0).state, State::Active);
+    });
+    let in_vain = vec![milliseconds(5000), CannotChange(0, true), Reload([noatime(AUTO), NO, NO]), milliseconds(5000)];
+    let gone = vec![Use(0, true), Reload([NO, NO, NO]), milliseconds(5000)];
+    let back = vec![Reload([AUTO, NO, NO]), milliseconds(5000)];
+    see([AUTO, NO, NO], [in_vain, gone, back].concat(), |play| {
+        assert_eq!((status(play, 0).state, status(play, 0).problems), (State::Active, Vec::new()));
+    });
+}
+
+#[test]
+fn a_removal_that_hangs_keeps_nobody_waiting() {
+    let removed = vec![Hang(0), RemoveData(0), milliseconds(15_000)];
+    let declared = vec![Reload([AUTO, AUTO, NO]), milliseconds(20_000)];
+    see([NO, NO, NO], [removed, declared].concat(), |play| {
+        assert!(play.waiters.is_empty());
+        assert_eq!([0, 1].map(|of| status(play, of).state), [State::Failed, State::Active]);
+        let reason = status(play, 0).state_reason;
+        assert!(reason.contains("is being removed") && reason.contains("has not answered"), "{reason}");
+    });
+    holds(0, [NO, NO, NO], vec![Hang(0), RemoveData(0), Reload([AUTO, AUTO, NO]), milliseconds(40_000), RemoveData(0)]);
+}
+
+#[test]
+fn a_configuration_that_does_not_answer_is_put_in_force_when_it_does() {
+    let changed = [noatime(AUTO), NO, NO];
+    let hangs = vec![milliseconds(5000), HangConfiguration(true), Reload(changed), milliseconds(15_000)];
+    let again = vec![Reload(changed), milliseconds(1000)];
+    let is_changed = |play: &Play| Some(&*status(play, 0).spec) == play.spec(&name(0)).as_ref();
+    see([AUTO, NO, NO], [hangs.clone(), again.clone()].concat(), |play| {
+        assert!(play.waiters.is_empty() && !is_changed(play));
+    });
+    let answers = vec![HangConfiguration(false), milliseconds(5000)];
+    see([AUTO, NO, NO], [hangs, again, answers].concat(), |play| assert!(is_changed(play)));
 }
 
 #[test]
@@ -153,4 +231,54 @@ fn a_store_waits_for_the_one_on_it_that_may_be_about_to_let_go() {
             play.befall(milliseconds(1)).await;
         }
     });
+}
+
+#[test]
+fn what_was_given_up_on_for_a_store_that_was_to_be_stopped_and_stays_comes_up() {
+    let served = Declared { daemon: true, ..AUTO };
+    let events = vec![milliseconds(2), Use(0, true), Kill, Kill, Stop(0), Change(0, 0, false, false), MountForeign(0)];
+    for seed in [12841921040181042034, 1, 2, 3] {
+        holds(seed, [AUTO, served, AUTO], events.clone());
+    }
+}
+
+#[test]
+fn a_store_that_has_to_stay_for_what_lies_on_it_keeps_its_nix_daemon() {
+    let (served, declared) = (Declared { daemon: true, ..BY_HAND }, Declared { daemon: true, ..AUTO });
+    let before = [moved(declared), NO, AUTO];
+    holds(
+        0,
+        before,
+        vec![milliseconds(5000), Kill, Reload([served, NO, noatime(AUTO)]), Restart, milliseconds(60_000)],
+    );
+}
+
+#[test]
+fn a_store_that_cannot_go_is_taken_over_after_a_failure() {
+    let before = [AUTO, NO, AUTO];
+    holds(
+        3560083040,
+        before,
+        vec![milliseconds(763), Fail(0, 1), Reload([BY_HAND, NO, AUTO]), Kill, milliseconds(875)],
+    );
+}
+
+#[test]
+fn a_store_that_is_taken_over_while_the_one_underneath_comes_up_anew_goes_over_to_that() {
+    let served = Declared { daemon: true, ..AUTO };
+    let events = vec![
+        milliseconds(1),
+        Change(0, 0, false, false),
+        milliseconds(1078),
+        Remount(1, Asker::Allowed),
+        HangRecords(true),
+        milliseconds(5),
+        Unmount(0),
+        Kill,
+        milliseconds(2),
+    ];
+    for seed in [8791573551842192600, 1, 2, 3, 4, 5, 6, 7] {
+        let violations = play(seed, true, &[served; 3], events.clone());
+        assert!(violations.is_empty(), "{}", violations.join("\n"));
+    }
 }

@@ -38,6 +38,12 @@ fn failed(why: &str) -> OperationError {
 #[derive(Debug, Default)]
 pub(super) struct Waits(Mutex<Option<(Spot, Instant)>>);
 
+impl Waits {
+    pub(super) fn at(&self, spot: Spot) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((spot, Instant::now()));
+    }
+}
+
 impl Follow for Waits {
     fn waits_for(&self) -> Option<(Spot, Instant)> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -70,7 +76,15 @@ impl SwappedOut for Old {
     }
 
     fn retire(&self) -> std::result::Result<OldSuperblock, RetireError> {
-        Ok(if self.world.lock().random(4) == 0 { OldSuperblock::StillWritten } else { OldSuperblock::Retired })
+        let mut world = self.world.lock();
+        match world.random(4) {
+            0 => Ok(OldSuperblock::StillWritten),
+            1 if world.random(4) == 0 => Err(RetireError::Unknown(std::io::Error::from(Errno::IO))),
+            _ => {
+                world.retired.insert(self.number);
+                Ok(OldSuperblock::Retired)
+            }
+        }
     }
 }
 
@@ -88,6 +102,15 @@ struct Alone<'a>(&'a Doing);
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
         self.0.world.lock().store(&self.0.spec.name).busy_with = None;
+    }
+}
+
+/// That nobody else looks ahead meanwhile.
+struct Look<'a>(&'a Doing);
+
+impl Drop for Look<'_> {
+    fn drop(&mut self) {
+        self.0.world.lock().store(&self.0.spec.name).is_looked_ahead = false;
     }
 }
 
@@ -109,6 +132,14 @@ impl Doing {
         Alone(self)
     }
 
+    /// Begins a look ahead, of which there is one at a time.
+    fn look(&self) -> Look<'_> {
+        if std::mem::replace(&mut self.world.lock().store(self.name()).is_looked_ahead, true) {
+            self.world.blame(format!("{}: two look ahead at a time", self.name()));
+        }
+        Look(self)
+    }
+
     /// Begins something that is right only if the daemon has seen a certain state.
     fn having_seen(&self, what: &str, is_right: impl FnOnce(&MountState) -> bool) {
         let seen = self.world.lock().seen_state(&self.spec.layers);
@@ -119,16 +150,10 @@ impl Doing {
 
     /// Takes a step: something else may happen before it, and it may hang or fail.
     pub(super) async fn step(&self, spot: Spot) -> Result<()> {
-        *self.waits.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((spot, Instant::now()));
+        self.waits.at(spot);
         tokio::time::sleep(self.world.pause()).await;
-        loop {
-            let goes_on = self.world.goes_on.notified();
-            if !self.world.lock().store(self.name()).hangs {
-                break;
-            }
-            goes_on.await;
-        }
-        *self.waits.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((spot, Instant::now()));
+        self.world.until_it_answers(self.name()).await;
+        self.waits.at(spot);
         let mut world = self.world.lock();
         let store = world.store(self.name());
         if store.failures > 0 {
@@ -164,6 +189,7 @@ impl Doing {
     }
 
     pub(super) async fn look_ahead(self) -> Result<()> {
+        let _look = self.look();
         self.step(Spot::Lower).await?;
         let cannot_change = self.world.lock().store(self.name()).cannot_change;
         if cannot_change { Err(failed("its directories are not there")) } else { Ok(()) }
@@ -188,12 +214,9 @@ impl Doing {
             if world.state(&self.spec.layers) != MountState::Absent {
                 return Err(failed("something is mounted there"));
             }
-            if let Some(lower) = self.spec.lower_name() {
-                let lower = world.config().stores.into_iter().find(|spec| spec.name == *lower);
-                let is_up = lower.is_some_and(|lower| matches!(world.state(&lower.layers), MountState::Mounted { .. }));
-                if !is_up {
-                    return Err(failed("its lower store is not mounted"));
-                }
+            let lower = self.spec.layers.lower.as_str();
+            if self.spec.lower_name().is_some() && world.top_at(lower).is_none_or(|mount| mount.layers.is_none()) {
+                return Err(failed("its lower store is not mounted"));
             }
             world.mount(self.point(), Some(self.spec.layers.clone()));
             world.is_another(self.name());

@@ -8,9 +8,11 @@ use super::{Declared, Event, OWNER, play};
 use crate::supervisor::Asker;
 
 pub(crate) fn declared() -> impl Strategy<Value = [Declared; 3]> {
-    let store = (prop::bool::weighted(0.9), prop::bool::weighted(0.9), any::<bool>(), any::<bool>())
-        .prop_map(|(there, autostart, noatime, daemon)| Declared { there, autostart, noatime, daemon });
-    prop::array::uniform3(store)
+    let often = || prop::bool::weighted(0.9);
+    let store = (often(), often(), any::<bool>(), any::<bool>(), prop::bool::weighted(0.2))
+        .prop_map(|(there, autostart, noatime, daemon, moved)| Declared { there, autostart, noatime, daemon, moved });
+    // The one that somebody mounts by hand stays where it is, or that mount would be somewhere the daemon need not know.
+    prop::array::uniform3(store).prop_map(|[a, b, c]| [a, Declared { moved: false, ..b }, c])
 }
 
 fn waits() -> impl Strategy<Value = Event> {
@@ -46,6 +48,9 @@ pub(crate) fn events() -> impl Strategy<Value = Event> {
         1 => (of(), any::<bool>()).prop_map(|(of, is_full)| Event::Full(of, is_full)),
         2 => (of(), any::<bool>()).prop_map(|(of, cannot)| Event::CannotChange(of, cannot)),
         1 => of().prop_map(Event::SocketFails),
+        1 => any::<bool>().prop_map(Event::Mistake),
+        1 => prop::bool::weighted(0.4).prop_map(Event::HangConfiguration),
+        1 => prop::bool::weighted(0.4).prop_map(Event::HangRecords),
         2 => Just(Event::Kill),
         1 => Just(Event::Restart),
     ]

@@ -79,6 +79,8 @@ pub(super) struct Store {
     pub(super) may_be_emptied: bool,
     /// The directories of its next specification are not there, or not its own.
     pub(super) cannot_change: bool,
+    /// Somebody looks whether they are.
+    pub(super) is_looked_ahead: bool,
 }
 
 /// All that there is.
@@ -89,6 +91,11 @@ pub(super) struct Contents {
     pub(super) sockets: BTreeMap<StoreName, SocketState>,
     /// What PID 1 keeps for the next daemon.
     pub(super) kept: BTreeSet<(StoreName, u64)>,
+    /// What was swapped out and takes no more writes.
+    pub(super) retired: BTreeSet<u64>,
+    /// The filesystem of the configuration does not answer, or that of the records.
+    pub(super) configuration_hangs: bool,
+    pub(super) records_hang: bool,
     pub(super) configuration: String,
     /// What is in the file instead of it and holds mistakes.
     pub(super) mistaken: Option<String>,
@@ -119,6 +126,9 @@ impl World {
             stores: NAMES.map(|name| (name.parse().expect("valid"), Store::default())).into(),
             sockets: BTreeMap::new(),
             kept: BTreeSet::new(),
+            retired: BTreeSet::new(),
+            configuration_hangs: false,
+            records_hang: false,
             configuration: String::new(),
             mistaken: None,
             can_swap,
@@ -143,6 +153,17 @@ impl World {
     /// Notes that something has happened that must not.
     pub(super) fn blame(&self, what: String) {
         self.lock().violations.push(what);
+    }
+
+    /// Waits until the filesystems of a store answer.
+    pub(super) async fn until_it_answers(&self, name: &StoreName) {
+        loop {
+            let goes_on = self.goes_on.notified();
+            if !self.lock().store(name).hangs {
+                return;
+            }
+            goes_on.await;
+        }
     }
 
     /// How long the next step takes: most often next to nothing, sometimes long enough for everything else to come in between.
@@ -172,6 +193,12 @@ impl Contents {
     /// The configuration as it is declared now.
     pub(super) fn config(&self) -> Config {
         parse(&self.configuration).expect("a configuration without mistakes")
+    }
+
+    /// The specifications with which stores are or were last up, and of the others those declared.
+    pub(super) fn in_force(&self) -> Vec<StoreSpec> {
+        let declared = self.config().stores.into_iter().filter(|spec| self.stores[&spec.name].record.is_none());
+        self.stores.values().filter_map(|store| store.record.as_deref().cloned()).chain(declared).collect()
     }
 
     /// Puts a mount on top of all at a point.
@@ -217,7 +244,7 @@ impl Contents {
 
     /// Notes that a store has another superblock now: what lies on it goes on with the old one.
     pub(super) fn is_another(&mut self, name: &StoreName) {
-        let above: Vec<_> = self.config().stores.into_iter().filter(|spec| spec.lower_name() == Some(name)).collect();
+        let above: Vec<_> = self.in_force().into_iter().filter(|spec| spec.lower_name() == Some(name)).collect();
         for spec in above {
             if matches!(self.state(&spec.layers), MountState::Mounted { .. }) {
                 self.store(&spec.name).behind = true;

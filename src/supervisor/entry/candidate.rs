@@ -1,0 +1,178 @@
+//! A specification that is declared and not in force: the store would have to go down for it.
+
+use std::sync::Arc;
+
+use layered_stores_model::StoreSpec;
+use layered_stores_overlay::progress::Spot;
+use tokio::time::Instant;
+
+use super::{Entry, Retries};
+use crate::supervisor::{
+    machine::Follow,
+    plan::change::{Found, Stay},
+    status::Problem,
+    threads::DEADLINE,
+};
+
+/// A specification of which it has to be found out whether the store can come up with it.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Candidate {
+    pub(in crate::supervisor) spec: Arc<StoreSpec>,
+    pub(in crate::supervisor) found: Found,
+    /// Somebody looks, or waits for an earlier look to do so.
+    is_looked_at: bool,
+    /// When it is looked at again.
+    pub(in crate::supervisor) retries: Retries,
+    /// Why the store stays as it is.
+    stay: Stay,
+}
+
+impl Candidate {
+    pub(in crate::supervisor) fn new(spec: Arc<StoreSpec>) -> Self {
+        Self { spec, found: Found::Nothing, is_looked_at: false, retries: Retries::default(), stay: Stay::ForNow }
+    }
+
+    /// Whether somebody should look.
+    fn is_due(&self) -> bool {
+        !self.is_looked_at && self.found != Found::Fine && self.retries.is_allowed()
+    }
+
+    /// Whether it is not known yet if the store stays as it is.
+    fn is_open(&self) -> bool {
+        self.is_looked_at || self.is_due() || self.stay == Stay::ForNow
+    }
+
+    /// Notes what was found.
+    fn was_looked_at(&mut self, wrong: Option<String>, now: Instant) {
+        self.is_looked_at = false;
+        self.found = wrong.map_or(Found::Fine, Found::Wrong);
+        if self.found == Found::Fine {
+            self.retries.at_once();
+        } else {
+            self.retries.later(now);
+        }
+    }
+}
+
+/// A look that has not come back. There is one at a time: whatever does not answer costs one thread.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Looking {
+    since: Instant,
+    progress: Arc<dyn Follow>,
+}
+
+impl Looking {
+    fn silent_at(&self) -> Instant {
+        self.since + DEADLINE
+    }
+
+    /// What it waits for, as far as that is known.
+    fn spot(&self) -> Spot {
+        self.progress.waits_for().map_or(Spot::Elsewhere, |(spot, _)| spot)
+    }
+}
+
+impl Entry {
+    /// Has another specification be considered, for which the store has to go down.
+    pub(in crate::supervisor) fn propose(&mut self, spec: Arc<StoreSpec>) {
+        if self.next.as_ref() != Some(&spec) {
+            self.withdraw();
+            self.candidate = Some(Candidate::new(spec));
+        }
+    }
+
+    /// Has it stay as it is. Whether anything else was planned.
+    pub(in crate::supervisor) fn withdraw(&mut self) -> bool {
+        self.clear(&[Problem::NotApplied]);
+        let was_to_change = self.next.take().is_some();
+        if was_to_change {
+            self.clear(&[Problem::Busy]);
+        }
+        self.candidate.take().is_some() || was_to_change
+    }
+
+    /// The specification that is declared, whether or not it is in force.
+    pub(in crate::supervisor) fn declared_spec(&self) -> &Arc<StoreSpec> {
+        let candidate = self.candidate.as_ref().map(|candidate| &candidate.spec);
+        candidate.or(self.next.as_ref()).unwrap_or(&self.spec)
+    }
+
+    /// Whether it is not known yet if it changes.
+    pub(in crate::supervisor) fn is_considered(&self) -> bool {
+        self.candidate.as_ref().is_some_and(Candidate::is_open)
+    }
+
+    /// The specification that somebody should look at now, if nobody does.
+    pub(in crate::supervisor) fn begin_to_look(&mut self, now: Instant) -> Option<Arc<StoreSpec>> {
+        let has_something_to_lose = self.has_something_to_lose();
+        let candidate = self.candidate.as_mut().filter(|_| has_something_to_lose)?;
+        if candidate.retries.due().is_some_and(|at| at <= now) {
+            candidate.retries.at_once();
+        }
+        if !candidate.is_due() {
+            return None;
+        }
+        candidate.is_looked_at = true;
+        self.looking.is_none().then(|| Arc::clone(&candidate.spec))
+    }
+
+    /// Follows a look ahead that has begun.
+    pub(in crate::supervisor) fn looks_ahead(&mut self, progress: &Arc<dyn Follow>, now: Instant) {
+        self.looking = Some(Looking { since: now, progress: Arc::clone(progress) });
+    }
+
+    /// When a look ahead is waited for no longer, or made again.
+    pub(in crate::supervisor) fn candidate_due(&self) -> Option<Instant> {
+        let candidate = self.candidate.as_ref()?;
+        let silent_at = self.looking.as_ref().filter(|_| candidate.is_looked_at).map(Looking::silent_at);
+        silent_at.or(candidate.retries.due())
+    }
+
+    /// What a look waits for that has got no further for too long.
+    pub(in crate::supervisor) fn look_is_silent(&self, now: Instant) -> Option<Spot> {
+        let candidate = self.candidate.as_ref()?;
+        let looking = self.looking.as_ref()?;
+        (candidate.is_looked_at && looking.silent_at() <= now).then(|| looking.spot())
+    }
+
+    /// Notes that a look has come back, with what it has found.
+    pub(in crate::supervisor) fn look_came_back(&mut self, spec: &Arc<StoreSpec>, wrong: Option<String>, now: Instant) {
+        self.looking = None;
+        let Some(candidate) = &mut self.candidate else { return };
+        if Arc::ptr_eq(&candidate.spec, spec) {
+            candidate.was_looked_at(wrong, now);
+        } else {
+            candidate.is_looked_at = false;
+            candidate.retries.at_once();
+        }
+    }
+
+    /// Notes that a look does not come back in time.
+    pub(in crate::supervisor) fn look_is_given_up(&mut self, why: String, now: Instant) {
+        if let Some(candidate) = &mut self.candidate {
+            candidate.was_looked_at(Some(why), now);
+        }
+    }
+
+    /// Has it stay as it is, or lets it change.
+    pub(in crate::supervisor) fn decide(&mut self, stay: Option<Stay>) {
+        let Some(candidate) = &mut self.candidate else { return };
+        let Some(stay) = stay else {
+            self.next = self.candidate.take().map(|candidate| candidate.spec);
+            self.clear(&[Problem::NotApplied]);
+            return self.try_again();
+        };
+        candidate.stay.clone_from(&stay);
+        match stay {
+            // What was said of it before holds until something else is known.
+            Stay::ForNow if candidate.found != Found::Nothing => {}
+            Stay::ForNow => self.clear(&[Problem::NotApplied]),
+            Stay::Because(why) => {
+                let message = format!(
+                    "it goes on as it was, because with what is declared now it would not come up: {why}; it is tried again"
+                );
+                self.problem(Problem::NotApplied, message);
+            }
+        }
+    }
+}
