@@ -69,7 +69,11 @@ pub(super) fn mark(upper: &AbsolutePath, removing: &Removing) -> Result<(), Laye
     let made = rustix::fs::openat(&parent, name_of_mark(name), flags, Mode::RUSR | Mode::WUSR).map_err(sys)?;
     let mut made = fs::File::from(made);
     let io = |error: io::Error| sys(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-    made.write_all(removing.to_string().as_bytes()).and_then(|()| made.sync_all()).map_err(io)?;
+    let text = removing.to_string();
+    made.write_all(text.as_bytes())
+        .and_then(|()| made.set_len(text.len() as u64))
+        .and_then(|()| made.sync_all())
+        .map_err(io)?;
     readable(parent.as_fd()).and_then(rustix::fs::fsync).map_err(sys)
 }
 

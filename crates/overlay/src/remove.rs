@@ -37,7 +37,7 @@ use super::{
     identity::{self, Id, Known, Mark, Marks},
     layers::{self, LayersError},
     lock::UpperLock,
-    mark,
+    mark::{self, Removing},
     mountinfo::MountTable,
     place::Place,
     progress::{self, Spot},
@@ -311,8 +311,10 @@ pub fn contents(
     let mut marks = Marks::default();
     if let Some(dir) = &upper_dir {
         progress::at(Spot::Upper);
-        // It is the store's still, whatever somebody goes on to make in it. With what is told beside it, it was until now.
-        let id = identity::mark_anew(dir).map_err(sys("set the mark of", upper.as_str()))?;
+        // It is the store's still, whatever somebody goes on to make in it, also if this ends before that is on record.
+        let fresh = Id::new().map_err(sys("make a mark for", upper.as_str()))?;
+        had_room(mark::mark(upper, &Removing { upper: Some(fresh.clone()), state: None }))?;
+        let id = identity::mark_anew(dir, fresh).map_err(sys("set the mark of", upper.as_str()))?;
         marks.upper = id.map(|id| Mark { path: upper.clone(), id: Some(id) });
         sync(dir.as_fd(), upper.as_str())?;
     }

@@ -29,7 +29,7 @@ const LENGTH: usize = 32;
 pub struct Id(Box<str>);
 
 impl Id {
-    pub(super) fn new() -> Result<Self, Errno> {
+    pub(crate) fn new() -> Result<Self, Errno> {
         let mut bytes = [0; LENGTH / 2];
         // So few are had at once or not at all (getrandom(2)).
         if rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())? < bytes.len() {
@@ -124,8 +124,7 @@ pub(crate) fn unmark(dir: impl AsFd) -> Result<(), Errno> {
 }
 
 /// Gives a directory that is empty by now a mark of its own. `None` where none can be set.
-pub(crate) fn mark_anew(dir: impl AsFd) -> Result<Option<Id>, Errno> {
-    let fresh = Id::new()?;
+pub(crate) fn mark_anew(dir: impl AsFd, fresh: Id) -> Result<Option<Id>, Errno> {
     match fresh.replace(dir) {
         Err(errno) if is_no_place_for_marks(errno) => Ok(None),
         set => set.map(|()| Some(fresh)),

@@ -183,7 +183,11 @@ impl Pair<'_> {
         let Some(id) = &upper.id else { return Ok(()) };
         let told = Id::of_upper(self.state_dir).map_err(sys)?;
         if told.as_ref() == Some(id) {
-            return Ok(());
+            // A copy may have been cut short that is not the upper layer any more. The database goes on without it.
+            return match Id::of_next_upper(self.state_dir).map_err(sys)? {
+                Some(_) => unannounce(self.state_dir).map_err(sys),
+                None => Ok(()),
+            };
         }
         if told.is_some()
             && has_database(self.state_dir).map_err(sys)?

@@ -286,6 +286,22 @@ fn wherever_a_copy_is_cut_short_on_the_way_to_marks_of_its_own_it_comes_up() {
 }
 
 #[test]
+fn a_copy_that_was_cut_short_and_given_up_does_not_get_the_database_that_has_gone_on() {
+    let (mut store, marks) = Store::used();
+    let original = store.spec.layers.upper.clone();
+    store.spec.layers.upper = copied(original.as_path(), "big");
+    let fresh = "f".repeat(32);
+    set(store.state_dir(), NEXT, &fresh);
+    set(store.upper_dir(), ATTRIBUTE, &fresh);
+    let copy = std::mem::replace(&mut store.spec.layers.upper, original);
+    store.prepare_known(&marks).expect("the original");
+    assert_eq!(attribute(store.state_dir(), NEXT), None);
+    store.spec.layers.upper = copy;
+    let refused = store.prepare();
+    assert!(matches!(refused, Err(LayersError::OtherUpper { .. })), "{refused:?}");
+}
+
+#[test]
 fn a_work_dir_with_something_else_in_it_is_not_given_to_the_kernel() {
     let (store, marks) = Store::used();
     let work = store.spec.layers.work.as_path();

@@ -130,6 +130,19 @@ fn what_was_cut_short_before_the_database_was_gone_takes_it_along() {
 }
 
 #[test]
+fn a_removal_whose_end_could_not_be_recorded_is_finished_whatever_was_made_in_the_meantime() {
+    let (store, marks) = Store::used();
+    let unrecorded = |_: &Marks| Err(std::io::Error::from(std::io::ErrorKind::ReadOnlyFilesystem));
+    let failed = remove::contents(&store.spec, Known::of(&marks), unrecorded);
+    assert!(matches!(failed, Err(RemoveError::Record(_))), "{failed:?}");
+    fs::create_dir(store.upper()).expect("somebody goes on making files");
+    let refused = require(&store.spec, Known::of(&marks));
+    assert!(matches!(refused, Err(LayersError::HalfRemoved { .. })), "{refused:?}");
+    store.remove(&marks).expect("finished");
+    assert!(!store.is_full() && !store.being_removed().exists());
+}
+
+#[test]
 fn of_a_work_dir_only_what_the_kernel_made_is_removed() {
     let (store, marks) = Store::used();
     let work = store.spec.layers.work.as_path();
