@@ -34,6 +34,9 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// `EX_CONFIG` of sysexits.h: the configuration is wrong, and trying again does not make it better.
 const EX_CONFIG: u8 = 78;
 
+/// `EX_SOFTWARE`: there is a mistake in the daemon itself.
+const EX_SOFTWARE: i32 = 70;
+
 /// How long a daemon that failed waits before it ends: what is in the way is most often not gone in a tenth of a second.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
@@ -106,10 +109,24 @@ fn run(arguments: DaemonArguments) -> Result<()> {
         })
         .build()
         .context("cannot start the runtime")?;
+    end_with_this_thread();
     let result = runtime.block_on(serve(settings));
     // A thread that hangs in a filesystem is not waited for.
     runtime.shutdown_background();
     result
+}
+
+/// Has a panic on this thread end the process. All that decides and answers runs here, in tasks whose end nobody would notice, and
+/// what they have left undone is found by the next daemon. What panics on other threads is [caught](supervisor::THREADS).
+fn end_with_this_thread() {
+    let (hook, this) = (std::panic::take_hook(), std::thread::current().id());
+    std::panic::set_hook(Box::new(move |info| {
+        hook(info);
+        if std::thread::current().id() == this {
+            tracing::error!("this is a mistake in the daemon; please report it: {info}");
+            std::process::exit(EX_SOFTWARE);
+        }
+    }));
 }
 
 fn beside_this_executable() -> Result<AbsolutePath> {
@@ -229,6 +246,28 @@ fn notify(states: &[NotifyState<'_>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_of_a_task_ends_the_daemon_and_one_of_work_does_not() {
+        const WHERE: &str = "LAYERED_STORES_TEST_PANICS";
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        if let Ok(place) = std::env::var(WHERE) {
+            end_with_this_thread();
+            return runtime().block_on(async {
+                let work = || panic!("a test panics");
+                if place == "task" {
+                    let _ = tokio::spawn(async move { work() }).await;
+                } else {
+                    let _ = tokio::task::spawn_blocking(work).await;
+                }
+            });
+        }
+        for (place, code) in [("task", Some(EX_SOFTWARE)), ("work", Some(0))] {
+            let mut again = std::process::Command::new(std::env::current_exe().expect("this test"));
+            again.args(["a_panic_of_a_task", "--nocapture"]).env(WHERE, place);
+            assert_eq!(again.output().expect("it runs").status.code(), code, "{place}");
+        }
+    }
 
     #[test]
     fn a_cause_is_told_once() {

@@ -6,7 +6,7 @@
 //!
 //! * Nothing here is called on the loop, and no lock is held meanwhile.
 //! * Work that gets no further for [`STALL`] gives its place to others.
-//! * Of stores that lie on the same filesystems, only so many stall at a time; the others wait for one of them to come back.
+//! * For what lies on the same filesystem, only so much stalls at a time; the rest waits for some of it to come back.
 //! * Work says what it touches ([`progress`](layered_stores_overlay::progress)), and the engine tells people when that does not
 //!   answer for [`DEADLINE`]. When the work comes back, however late, its result counts as if it had been quick.
 
@@ -56,8 +56,8 @@ const JOBS: usize = 2;
 const STALLED_TOGETHER: usize = 16;
 const STALLED: usize = THREADS * 3 / 4;
 
-/// The mounts that a store's directories lie on.
-type Filesystems = Vec<u64>;
+/// Mounts of which at least one does not answer.
+type Suspects = Vec<u64>;
 
 /// All threads.
 #[derive(Clone, Debug)]
@@ -68,8 +68,8 @@ struct Inner {
     quick: Arc<Semaphore>,
     long: Arc<Semaphore>,
     jobs: Arc<Semaphore>,
-    /// How much has stalled, by filesystems.
-    stalled: Mutex<HashMap<Filesystems, usize>>,
+    /// How much has stalled, by what may be to blame.
+    stalled: Mutex<HashMap<Suspects, usize>>,
     came_back: Notify,
     /// The mount table of PID 1's namespace.
     mounts: Mutex<File>,
@@ -116,51 +116,66 @@ impl Threads {
         Ok(MountTable::parse(&String::from_utf8_lossy(&text), is_of_interest))
     }
 
-    fn filesystems(&self, spec: &StoreSpec) -> Filesystems {
-        // The filesystem of an ephemeral store is its own and lies in memory: it says nothing about whom a store shares its
-        // fate with.
-        let upper = spec.ephemeral.is_none().then(|| spec.layers.upper.as_path());
-        let paths: Vec<&Path> =
-            [Some(spec.layers.lower.as_path()), Some(spec.root.as_path()), upper].into_iter().flatten().collect();
-        let Ok(table) = self.table(&paths) else { return Vec::new() };
+    /// The mounts that some directories lie on.
+    fn mounts_of(&self, paths: &[&Path]) -> Vec<u64> {
+        let Ok(table) = self.table(paths) else { return Vec::new() };
         let mount_of = |path: &&Path| Some(table.leads_to(path.to_str()?)?.1.id);
-        let mut mounts: Filesystems = paths.iter().filter_map(mount_of).collect();
+        let mut mounts: Vec<u64> = paths.iter().filter_map(mount_of).collect();
         mounts.sort_unstable();
         mounts.dedup();
         mounts
     }
 
-    /// Whether so much of what concerns a store's filesystems has stalled that more is not begun.
+    /// What may be to blame for work on a store that has stalled somewhere.
+    fn suspects(&self, spec: &StoreSpec, at: Option<Spot>) -> Suspects {
+        let layers = &spec.layers;
+        let [lower, upper, root] = [&layers.lower, &layers.upper, &spec.root].map(|dir| dir.as_path());
+        match at {
+            Some(Spot::Lower) => self.mounts_of(&[lower]),
+            // The filesystem of an ephemeral store is its own and lies in memory: nobody shares that fate, and it answers.
+            _ if spec.ephemeral.is_some() => self.mounts_of(&[lower]),
+            Some(Spot::Upper | Spot::Work) => self.mounts_of(&[upper]),
+            Some(Spot::Root) => self.mounts_of(&[root]),
+            Some(Spot::Merged) => self.mounts_of(&[lower, upper]),
+            _ => self.mounts_of(&[lower, upper, root]),
+        }
+    }
+
+    /// Whether so much has stalled for what a store lies on as well that more is not begun.
     fn are_taken(&self, spec: &StoreSpec) -> bool {
         if lock(&self.0.stalled).is_empty() {
             return false;
         }
-        let filesystems = self.filesystems(spec);
+        let mounts = self.suspects(spec, None);
         let stalled = lock(&self.0.stalled);
-        let together = stalled.get(&filesystems).copied().unwrap_or_default();
-        together >= STALLED_TOGETHER || (together > 0 && stalled.values().sum::<usize>() >= STALLED)
+        let all: usize = stalled.values().sum();
+        let most = if all >= STALLED { 1 } else { STALLED_TOGETHER };
+        // Only where all that may be to blame is the store's as well: what lies on a disk that answers is not to wait for what
+        // lies on that and on something else.
+        let is_shared = |suspects: &Suspects| !suspects.is_empty() && suspects.iter().all(|of| mounts.contains(of));
+        stalled.iter().any(|(suspects, count)| *count >= most && is_shared(suspects))
     }
 
-    fn stall(&self, spec: &StoreSpec) -> Stalled {
-        let filesystems = self.filesystems(spec);
-        *lock(&self.0.stalled).entry(filesystems.clone()).or_default() += 1;
-        Stalled { filesystems, threads: self.clone() }
+    fn stall(&self, spec: &StoreSpec, at: Option<Spot>) -> Stalled {
+        let suspects = self.suspects(spec, at);
+        *lock(&self.0.stalled).entry(suspects.clone()).or_default() += 1;
+        Stalled { suspects, threads: self.clone() }
     }
 }
 
 /// Work that has stalled and is counted.
 struct Stalled {
-    filesystems: Filesystems,
+    suspects: Suspects,
     threads: Threads,
 }
 
 impl Drop for Stalled {
     fn drop(&mut self) {
         let mut stalled = lock(&self.threads.0.stalled);
-        if let Some(count) = stalled.get_mut(&self.filesystems) {
+        if let Some(count) = stalled.get_mut(&self.suspects) {
             *count -= 1;
             if *count == 0 {
-                stalled.remove(&self.filesystems);
+                stalled.remove(&self.suspects);
             }
         }
         drop(stalled);
@@ -216,7 +231,8 @@ impl Errand {
             done = &mut thread => done,
             () = self.stalls() => {
                 drop(place);
-                let _stalled = self.threads.stall(&self.spec);
+                let at = self.progress.spot().map(|(spot, _)| spot);
+                let _stalled = self.threads.stall(&self.spec, at);
                 thread.await
             }
         };
@@ -314,6 +330,34 @@ mod tests {
         while let Some(done) = jobs.join_next().await {
             assert!(matches!(done, Ok(Ok(()))), "each has its turn");
         }
+    }
+
+    #[tokio::test]
+    async fn what_hangs_is_counted_by_what_is_to_blame_and_not_by_what_else_a_store_has() {
+        let threads = Threads::new().await.expect("threads");
+        let with = |lower: &str, upper: &str| {
+            let mut spec = fixture::spec("a", lower);
+            spec.layers.upper = upper.parse().expect("valid");
+            spec
+        };
+        // /proc, /sys and /dev are mounts on every machine.
+        let (on_sys, on_dev) = (with("/proc/hangs", "/sys/up"), with("/proc/hangs", "/dev/up"));
+        let healthy = with("/lower", "/sys/up");
+        let stalled: Vec<_> = (0..STALLED_TOGETHER).map(|_| threads.stall(&on_sys, Some(Spot::Lower))).collect();
+        assert!(threads.are_taken(&on_sys) && threads.are_taken(&on_dev) && !threads.are_taken(&healthy));
+        drop(stalled);
+        let merged: Vec<_> = (0..STALLED).map(|_| threads.stall(&on_sys, Some(Spot::Merged))).collect();
+        assert!(threads.are_taken(&on_sys) && !threads.are_taken(&healthy), "it may be either of the two");
+        drop(merged);
+        assert!(!threads.are_taken(&on_sys) && lock(&threads.0.stalled).is_empty());
+        let ephemeral = |name: &str| {
+            let text = format!("[stores.{name}]\nlower-store = \"/proc/hangs\"\nephemeral-size = \"1G\"\n");
+            fixture::declared("/dev", &text).pop().expect("declared")
+        };
+        let spots = [Spot::Lower, Spot::Upper, Spot::Root, Spot::Merged, Spot::Elsewhere].into_iter().map(Some);
+        let _stalled: Vec<_> = spots.map(|at| threads.stall(&ephemeral("a"), at)).collect();
+        assert_eq!(lock(&threads.0.stalled).len(), 1, "its own filesystem is not to blame");
+        assert!(lock(&threads.0.stalled).contains_key(&threads.suspects(&ephemeral("b"), None)));
     }
 
     #[tokio::test]
