@@ -275,6 +275,18 @@ with subtest("A bottom whose layers change takes the top down with it, and up ag
     machine.succeed("layered-stores wait bottom top --timeout 60")
     machine.succeed(f"test -e {TOP}/{between}", f"nix path-info --store {top} {built}")
 
+with subtest("A bottom that would not come up elsewhere stays, and the top with it"):
+    configure(moved.replace(f'lower-store = "{LOWER}"', 'lower-store = "/srv/nowhere"'))
+    code, said = machine.execute("layered-stores reload 2>&1", timeout=60)
+    t.assertEqual(code, 3, said)
+    t.assertIn("/srv/nowhere/nix/store is not there", text("bottom", "problems"))
+    t.assertIn("its lower store bottom goes on as it was", text("top", "problems"))
+    t.assertEqual(states(), ["active", "active"])
+    t.assertEqual(text("bottom", "upper-layer"), "/srv/bottom/upper")
+    machine.succeed(f"nix path-info --store {top} {built}", f"cat /srv/top/root{built}")
+    configure(original)
+    machine.succeed("layered-stores reload", "layered-stores status", timeout=60)
+
 with subtest("A top that is in use is waited for, and nothing is pulled from under it"):
     machine.succeed(
         "systemd-run --quiet -E PATH --unit=squatter --service-type=notify "
