@@ -95,7 +95,7 @@ pub(super) fn fields(start: &Start, header: &[u8]) -> Option<Fields> {
 
 /// Whether zbus can read a header, with the padding behind it. It ends its connection with the first one that it cannot, and that
 /// may be the header of a legal message: fields that nobody knows are to be ignored (D-Bus specification, "Header Fields"), and
-/// dbus-broker, other than dbus-daemon, hands them on.
+/// dbus-broker hands them on; dbus-daemon takes them out.
 pub(super) fn is_readable(header: &[u8]) -> bool {
     /// A socket from which all was read before.
     #[derive(Debug)]

@@ -1,9 +1,9 @@
 //! The gate between the bus and us.
 //!
 //! zbus takes in every call there is and makes a task of each, so who sends faster than it is answered, or sends what is
-//! large, takes memory and time from everybody. Here calls are looked at as they come from the socket, before anything is
-//! made of them: what is too large is skipped without being kept, what is too much is refused, and the rest is let in as its
-//! user's turn comes.
+//! large, takes memory and time from everybody; and it ends its connection with the first header that it cannot read. Here
+//! messages are looked at as they come from the socket, before anything is made of them: what is too large or cannot be read is
+//! skipped without being kept, what is too much is refused, and the rest is let in as its user's turn comes.
 
 mod frame;
 mod limits;
