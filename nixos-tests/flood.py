@@ -7,11 +7,16 @@ MERGED = "/srv/ci/root/nix/store"
 HERS = "/srv/hers/root/nix/store"
 SERVICE = "layered-storesd.service"
 MIB = 1024 * 1024
-# Of the daemon's memory, at its highest. With two stores it takes 8 MiB when nobody means harm.
-MEMORY = 64 * MIB
-# In seconds. On a machine with time to spare it is a thousandth of that; who waits behind those
-# that flood waits for as long as they go on.
-SOON = 5.0
+# How much more memory the daemon takes, at its highest, than when nobody means harm.
+MORE = 16 * MIB
+# How much later the daemon answers, in the middle, than the bus it is asked over, and the hook than
+# a program that does nothing, which takes less than `ORDINARY` unless the machine is busy.
+LATER = 0.05
+ORDINARY = 0.005
+# Who waits behind those that flood waits for as long as they go on, and not so long.
+SOON = 2.5
+# Where every instruction is emulated, all takes longer.
+EMULATED = machine.execute("systemd-detect-virt")[1].strip() == "qemu"
 
 # A client of the bus that need not be fair: busctl and its like wait for answers. It speaks the
 # protocol of the D-Bus specification, as far as these messages take.
@@ -233,12 +238,17 @@ def measure(seconds):
     def run(*command):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     # Others are asked as well, to tell what is the daemon's part.
-    while time.monotonic() < until:
+    rounds = 0
+    while time.monotonic() < until or rounds < 15:
+        rounds += 1
         timed("bus itself", lambda: bus.call(BUS, "/org/freedesktop/DBus", BUS, "GetId"))
         timed("call", lambda: bus.call(OURS, CI, BUS + ".Properties", "Get", "ss",
               pad(string(OURS + ".Store"), 4) + string("State")))
         timed("remount", lambda: bus.call(OURS, CI, OURS + ".Store", "Remount"))
+        timed("program itself", lambda: run("true"))
         timed("hook", lambda: run("layered-stores-remount", "/srv/ci/root/nix/store"))
+        if rounds % 5 != 1:
+            continue
         timed("status", lambda: run("layered-stores", "status", "ci"))
         timed("stop and start", lambda: (run("layered-stores", "stop", "hers"),
                                          run("layered-stores", "start", "hers")))
@@ -272,8 +282,8 @@ def memory() -> int:
     return int(machine.succeed(f"awk '/^VmHWM/ {{ print $2 }}' /proc/{pid}/status")) * 1024
 
 
-def measured(attack: str) -> None:
-    """Root's and the hook's part, while something goes on."""
+def waits(attack: str) -> dict[str, list[float]]:
+    """How long root waits while something goes on: in the middle, at most, and how often."""
     said = machine.succeed("python3 /srv/client.py measure 8", timeout=300)
     times: dict[str, list[float]] = json.loads(said)
     log.info(
@@ -283,29 +293,57 @@ def measured(attack: str) -> None:
             for what, (median, most, _) in times.items()
         )
     )
-    for what, (median, most, _) in times.items():
-        # What starts processes, and has systemd unmount and mount, takes its time by itself.
-        soon = 10 * SOON if what == "stop and start" else SOON
-        assert median < soon / 2 and most < soon, (attack, what, median, most)
-    assert memory() < MEMORY, (attack, memory())
+    return times
 
 
-def attack(mode: str, clients: int = 1, more: str = "") -> None:
-    """Has alice begin."""
+def late(times: dict[str, list[float]], later: float) -> dict[str, float]:
+    """What comes too late."""
+    bus, program = times["bus itself"][0], times["program itself"][0]
+    # On a machine that others keep busy as well, a program that does nothing says how busy it is.
+    busy = max(1.0, program / ORDINARY)
+    # A call of somebody goes through the bus twice as often as one of the bus itself.
+    most = dict.fromkeys(["call", "remount"], 2 * bus + later * busy)
+    # These are several calls each, and systemd unmounts and mounts, which takes its time.
+    most |= {"hook": program + LATER * busy, "status": SOON, "stop and start": 2 * SOON}
+    return {what: times[what][0] for what in most if times[what][0] > most[what]}
+
+
+def measured(attack: str, later: float = LATER) -> None:
+    """Root's and the hook's part, while something goes on."""
+    for _ in range(1 if EMULATED else 3):
+        times = waits(attack)
+        # Nobody is held up for as long as it goes on.
+        assert max(most for _, most, _ in times.values()) < 10 * SOON, (attack, times)
+        too_late = late(times, later)
+        if EMULATED or not too_late:
+            break
+    else:
+        raise AssertionError(f"{attack}: too late are {too_late} of {times}")
+    assert memory() - ordinary < MORE, (attack, memory(), ordinary)
+
+
+def attack(mode: str, clients: int = 1, more: str = "", user: str = "alice") -> None:
+    """Has somebody begin: alice, as a rule."""
     one = f"python3 /srv/client.py {mode} 600 {more}"
     many = f"for _ in $(seq {clients}); do {one} & done; wait"
     machine.succeed(
-        "systemd-run --quiet --unit=attack --uid=alice --setenv=PATH=$PATH sh -c "
+        f"systemd-run --quiet --unit=attack-{user} --uid={user} --setenv=PATH=$PATH sh -c "
         + shlex.quote(many)
     )
 
 
-def enough() -> None:
-    """Has her end."""
-    machine.succeed("systemctl is-active --quiet attack")
-    machine.succeed("systemctl kill --signal=KILL attack")
-    machine.wait_until_fails("systemctl is-active --quiet attack", timeout=20)
-    machine.succeed("systemctl reset-failed attack 2>/dev/null || true")
+def said_by_now(pattern: str, user: str = "alice") -> None:
+    """Waits until they have said something."""
+    machine.wait_until_succeeds(f"journalctl -u attack-{user} | grep '{pattern}'", timeout=120)
+
+
+def enough(user: str = "alice") -> None:
+    """Has them end."""
+    unit = f"attack-{user}"
+    machine.succeed(f"systemctl is-active --quiet {unit}")
+    machine.succeed(f"systemctl kill --signal=KILL {unit}")
+    machine.wait_until_fails(f"systemctl is-active --quiet {unit}", timeout=20)
+    machine.succeed(f"systemctl reset-failed {unit} 2>/dev/null || true")
 
 
 def swaps(store: str) -> int:
@@ -315,6 +353,7 @@ def swaps(store: str) -> int:
 
 
 pid = machine.get_unit_property(SERVICE, "MainPID")
+ordinary = memory()
 
 with subtest("Names that get lost because an owner makes too many are lost for their stores only"):
     machine.succeed(f"mkdir {MERGED}/{'0' * 32}-path && layered-stores remount ci hers")
@@ -335,6 +374,7 @@ with subtest("Names that get lost because an owner makes too many are lost for t
 
 with subtest("Nobody means harm"):
     measured("nothing")
+    ordinary = memory()
 
 with subtest("Names that come and go as fast as an owner can make them"):
     before = swaps("ci")
@@ -357,7 +397,9 @@ with subtest("Calls that want no reply are counted all the same"):
 
 with subtest("Replies that nobody reads"):
     attack("unread", clients=2)
-    measured("replies that nobody reads")
+    # dbus-daemon takes 2 KiB at a time of what is sent to it (`max_bytes_read_per_iteration`), in
+    # turn with what others send. In the daemon's socket 16 large answers may be before root's.
+    measured("replies that nobody reads", later=2.0)
     enough()
 
 with subtest("Strings of 16 MB are not kept, and not repeated"):
@@ -384,23 +426,39 @@ with subtest("Strings of 16 MB are not kept, and not repeated"):
 
 with subtest("Signals to the daemon alone are not heard"):
     attack("signals", more=pid)
-    machine.wait_until_succeeds("journalctl -u attack | grep ' connections'", timeout=120)
+    # One for callers, one for systemd, one for polkit.
+    said_by_now("3 connections")
     measured("signals")
     enough()
-    # Not one of the large ones was taken in as a whole.
-    assert memory() < 31 * MIB, memory()
+    # Not one of the large ones was taken in as a whole: it would be more than `MORE`.
 
 with subtest("Questions that nobody answers are nobody else's"):
     attack("questions")
-    machine.wait_until_succeeds("journalctl -u attack | grep 'polkit has asked'", timeout=120)
+    said_by_now("polkit has asked")
     measured("questions that nobody answers")
     # Bob can have polkit asked, and it says at once that he may not.
     said = machine.fail("timeout 30 runuser -u bob -- layered-stores start ci 2>&1")
     assert "org.layeredstores1.start" in said, said
-    asked = machine.succeed("journalctl -u attack -o cat | grep 'polkit has asked' | tail -n 1")
+    asked = machine.succeed(
+        "journalctl -u attack-alice -o cat | grep 'polkit has asked' | tail -n 1"
+    )
     assert int(asked.split()[-1]) <= 4, asked
     # With her, her questions go.
     enough()
+
+with subtest("Not even as many of them as there may be"):
+    # polkit has a connection of its own: root's stores are stopped and started over another one.
+    users = [f"asker{number}" for number in range(16)]
+    machine.succeed(f"for user in {' '.join(users)}; do useradd $user; done")
+    for user in users:
+        attack("questions", user=user)
+    for user in users:
+        said_by_now("polkit has asked 4$", user)
+    measured("64 questions that nobody answers")
+    output = machine.fail("timeout 30 runuser -u bob -- layered-stores start ci 2>&1")
+    assert "questions of this user are open already" in output, output
+    for user in users:
+        enough(user)
 
 with subtest("A client of the hook's socket that does not read is hung up on"):
     said = machine.succeed("timeout 60 python3 /srv/client.py unheard", timeout=90)

@@ -90,6 +90,14 @@ with subtest("The daemon has the capabilities that docs/security.md gives reason
     shown = machine.get_unit_property("layered-storesd.service", "CapabilityBoundingSet")
     assert sorted(shown.split()) == [f"cap_{name}" for name in kept.split()], shown
 
+with subtest("There is only so much of the machine that the daemon may take"):
+    for name, most in {
+        "MemoryHigh": 256 * 1024**2,
+        "MemoryMax": 512 * 1024**2,
+        "TasksMax": 512,
+    }.items():
+        t.assertEqual(machine.get_unit_property("layered-storesd.service", name), str(most), name)
+
 with subtest("The daemon executes nothing but itself"):
     pid = machine.get_unit_property("layered-storesd.service", "MainPID")
     program = "/srv/program -c true"

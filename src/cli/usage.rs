@@ -9,7 +9,7 @@ use std::{
     ffi::OsStr,
     io::{self, BufRead as _, Write as _},
     os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::{Mutex, PoisonError, mpsc},
     time::{Duration, Instant},
 };
@@ -97,10 +97,21 @@ fn counted(asked: &[(bool, &str)]) -> io::Result<HashMap<(bool, String), Held>> 
             Err(_) => break,
         }
     }
-    // It is not waited for, because that may take for ever.
-    let _ = child.kill();
+    leave(child);
     Ok(found)
 }
+
+/// Ends a process, and does not wait for it, because that may take for ever. It is seen to with the next one: there are many when
+/// somebody watches.
+fn leave(mut child: Child) {
+    let _ = child.kill();
+    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    left.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+    left.push(child);
+}
+
+/// Processes that the kernel keeps until it is asked how they ended.
+static LEFT: Mutex<Vec<Child>> = Mutex::new(Vec::new());
 
 /// What the counting process does: reads which directories to count, and whether at depth, and says what they hold.
 pub(super) fn count() -> io::Result<()> {
@@ -229,6 +240,25 @@ mod tests {
         // The directory itself, too.
         symlink(dir.path(), path.join("again")).expect("linked");
         assert!(held(&path.join("again").to_string_lossy(), true).is_err());
+    }
+
+    #[test]
+    fn who_counts_again_and_again_leaves_no_processes_behind() {
+        let left: Vec<u32> = (0..20)
+            .map(|_| {
+                let child = Command::new("sleep").arg("3600").spawn().expect("begun");
+                let id = child.id();
+                leave(child);
+                id
+            })
+            .collect();
+        let state = |id: &u32| fs::read_to_string(format!("/proc/{id}/stat")).ok();
+        let has_ended = |id: &u32| state(id).is_none_or(|stat| stat.contains(") Z "));
+        while !left.iter().all(has_ended) {
+            std::thread::yield_now();
+        }
+        leave(Command::new("sleep").arg("3600").spawn().expect("begun"));
+        assert!(left.iter().all(|id| state(id).is_none()));
     }
 
     #[test]

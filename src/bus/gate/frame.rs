@@ -2,9 +2,13 @@
 
 use std::num::NonZeroU32;
 
-use zbus::wire::{
-    Endian, Variant,
-    serialized::{Context, Data},
+use futures_util::FutureExt as _;
+use zbus::{
+    connection::socket::ReadHalf,
+    wire::{
+        Endian, Variant,
+        serialized::{Context, Data},
+    },
 };
 
 /// How long a message is before the array of its header's fields.
@@ -23,6 +27,8 @@ pub(super) enum Kind {
     /// An answer to a call of ours, good or bad: the bus delivers no others.
     Reply,
     Signal,
+    /// What there is not, or not yet. It is to be ignored (D-Bus specification, "Message Types").
+    Other,
 }
 
 /// What the first bytes of a message tell.
@@ -31,8 +37,9 @@ pub(super) struct Start {
     pub(super) kind: Kind,
     pub(super) wants_reply: bool,
     pub(super) serial: NonZeroU32,
-    /// The length of the header without the padding behind it.
+    /// The length of the header without the padding behind it, and with it.
     pub(super) header: usize,
+    pub(super) body: usize,
     /// The length of the whole message.
     pub(super) total: usize,
     endian: Endian,
@@ -45,17 +52,11 @@ pub(super) struct Fields {
     pub(super) destination: Option<String>,
 }
 
-/// Reads the first bytes of a message; `None` for what is none.
+/// Reads the first bytes of a message; `None` for what is none, and of which nobody knows where it ends.
 pub(super) fn start(bytes: &[u8; FIXED]) -> Option<Start> {
     let endian = match bytes[0] {
         b'l' => Endian::Little,
         b'B' => Endian::Big,
-        _ => return None,
-    };
-    let kind = match bytes[1] {
-        1 => Kind::Call,
-        2 | 3 => Kind::Reply,
-        4 => Kind::Signal,
         _ => return None,
     };
     let number = |at: usize| {
@@ -63,9 +64,16 @@ pub(super) fn start(bytes: &[u8; FIXED]) -> Option<Start> {
         if endian == Endian::Little { u32::from_le_bytes(bytes) } else { u32::from_be_bytes(bytes) }
     };
     let header = FIXED.checked_add(usize::try_from(number(12)).ok()?)?;
-    let total = header.checked_next_multiple_of(8)?.checked_add(usize::try_from(number(4)).ok()?)?;
+    let body = header.checked_next_multiple_of(8)?;
+    let total = body.checked_add(usize::try_from(number(4)).ok()?)?;
     let wants_reply = bytes[FLAGS_AT] & NO_REPLY_EXPECTED == 0;
-    Some(Start { kind, wants_reply, serial: NonZeroU32::new(number(8))?, header, total, endian })
+    let (kind, serial) = match (bytes[1], NonZeroU32::new(number(8))) {
+        (1, Some(serial)) => (Kind::Call, serial),
+        (2 | 3, Some(serial)) => (Kind::Reply, serial),
+        (4, Some(serial)) => (Kind::Signal, serial),
+        (_, serial) => (Kind::Other, serial.unwrap_or(NonZeroU32::MIN)),
+    };
+    Some(Start { kind, wants_reply, serial, header, body, total, endian })
 }
 
 /// Reads the fields of a header; `None` for what is none.
@@ -83,6 +91,25 @@ pub(super) fn fields(start: &Start, header: &[u8]) -> Option<Fields> {
         *field = value.downcast_ref::<&str>().ok().map(str::to_owned);
     }
     Some(found)
+}
+
+/// Whether zbus can read a header, with the padding behind it. It ends its connection with the first one that it cannot, and that
+/// may be the header of a legal message: fields that nobody knows are to be ignored (D-Bus specification, "Header Fields"), and
+/// dbus-broker hands them on; dbus-daemon takes them out.
+pub(super) fn is_readable(header: &[u8]) -> bool {
+    /// A socket from which all was read before.
+    #[derive(Debug)]
+    struct Nothing;
+
+    impl ReadHalf for Nothing {}
+
+    let mut header = header.to_vec();
+    if let Some(length_of_body) = header.get_mut(4..8) {
+        length_of_body.fill(0);
+    }
+    // Its own parser has to say; nothing else reaches that without reading, and nothing here is waited for.
+    let message = Nothing.receive_message(0, &mut header, &mut Vec::new()).now_or_never();
+    message.is_some_and(|message| message.is_ok())
 }
 
 /// Has a call ask for a reply, by which it is known when it is over.
@@ -106,6 +133,7 @@ mod tests {
             let start = start(bytes[..FIXED].try_into().expect("long enough")).expect("a message");
             assert_eq!((start.kind, start.wants_reply, start.total), (Kind::Call, false, bytes.len()));
             assert_eq!(start.serial, call.primary_header().serial_num());
+            assert!(is_readable(&bytes[..start.body]));
             let fields = fields(&start, &bytes[..start.header]).expect("a header");
             assert_eq!(fields.sender.as_deref(), Some(":1.7"));
             assert_eq!(fields.destination.as_deref(), Some("org.layeredstores1"));
@@ -134,14 +162,16 @@ mod tests {
 
     #[test]
     fn what_is_no_message_is_none() {
-        for bytes in [
-            [0; FIXED],
-            *b"l\x05\0\x01\0\0\0\0\x01\0\0\0\0\0\0\0",
-            // No serial.
-            *b"l\x01\0\x01\0\0\0\0\0\0\0\0\0\0\0\0",
-            *b"OK 0123456789ab\r",
-        ] {
+        for bytes in [[0; FIXED], *b"OK 0123456789ab\r"] {
             assert_eq!(start(&bytes), None, "{bytes:?}");
+        }
+        for bytes in [
+            *b"l\x05\0\x01\x03\0\0\0\x01\0\0\0\0\0\0\0",
+            // No serial.
+            *b"l\x01\0\x01\x03\0\0\0\0\0\0\0\0\0\0\0",
+        ] {
+            let start = start(&bytes).expect("it is known where it ends");
+            assert_eq!((start.kind, start.total), (Kind::Other, FIXED + 3));
         }
         let longest = start(b"B\x01\0\x01\xff\xff\xff\xff\0\0\0\x01\xff\xff\xff\xff").expect("a message");
         assert_eq!(longest.total, 16 + 0x1_0000_0000 + 0xffff_ffff);

@@ -18,8 +18,10 @@ const WAITING: usize = 64;
 const WAITING_BYTES: usize = 256 * 1024;
 const WAITING_BYTES_IN_ALL: usize = 8 * 1024 * 1024;
 
-/// How many connections may wait for the bus to say whose they are. The bus allows a user 256.
+/// How many connections may wait for the bus to say whose they are, and how much of theirs is kept until then. The bus says it at
+/// once, and what comes when there is no more room waits for that in the socket: it may be root's.
 const UNKNOWN: usize = 1024;
+const UNKNOWN_BYTES: usize = 1024 * 1024;
 
 /// How many connections are remembered that have nothing under way.
 const REMEMBERED: usize = 1024;
@@ -49,6 +51,8 @@ pub(super) enum Arrival {
     Unknown,
     /// It is too much.
     Refused(Call),
+    /// It is to come again once somebody was [`identified`](Limits::identified). Then there is more room.
+    Later,
 }
 
 /// Who calls, and what of theirs is under way.
@@ -59,6 +63,7 @@ pub(super) struct Limits {
     /// What is let in next.
     next: VecDeque<Vec<u8>>,
     unknown: usize,
+    unknown_bytes: usize,
     running: usize,
     waiting_bytes: usize,
 }
@@ -67,7 +72,6 @@ pub(super) struct Limits {
 enum Caller {
     Unknown {
         held: Vec<Call>,
-        bytes: usize,
     },
     Known {
         uid: u32,
@@ -114,25 +118,19 @@ impl Limits {
                 let uid = *uid;
                 self.queue(uid, call, now).map_or_else(Arrival::Refused, |()| Arrival::Taken)
             }
-            Some(Caller::Unknown { held, bytes }) => {
-                let size = call.bytes.len();
-                if *bytes + size > WAITING_BYTES || self.waiting_bytes + size > WAITING_BYTES_IN_ALL {
-                    return Arrival::Refused(call);
-                }
-                *bytes += size;
-                self.waiting_bytes += size;
+            // There is somebody to wait for, as one call alone is shorter than that.
+            _ if self.unknown_bytes + call.bytes.len() > UNKNOWN_BYTES => Arrival::Later,
+            Some(Caller::Unknown { held }) => {
+                self.unknown_bytes += call.bytes.len();
                 held.push(call);
                 Arrival::Taken
             }
-            None if self.unknown == UNKNOWN || self.waiting_bytes + call.bytes.len() > WAITING_BYTES_IN_ALL => {
-                Arrival::Refused(call)
-            }
+            None if self.unknown == UNKNOWN => Arrival::Later,
             None => {
                 self.forget_idle(now);
-                let bytes = call.bytes.len();
                 self.unknown += 1;
-                self.waiting_bytes += bytes;
-                self.callers.insert(call.sender.clone(), Caller::Unknown { held: vec![call], bytes });
+                self.unknown_bytes += call.bytes.len();
+                self.callers.insert(call.sender.clone(), Caller::Unknown { held: vec![call] });
                 Arrival::Unknown
             }
         }
@@ -140,16 +138,16 @@ impl Limits {
 
     /// Takes what the bus says about whose connection that is; nothing when it is gone. Returns calls that are too much.
     pub(super) fn identified(&mut self, sender: &str, uid: Option<u32>, now: Instant) -> Vec<Call> {
-        let Some(Caller::Unknown { held, bytes }) = self.callers.get_mut(sender) else { return Vec::new() };
-        let (held, bytes) = (std::mem::take(held), *bytes);
+        let Some(Caller::Unknown { held }) = self.callers.get_mut(sender) else { return Vec::new() };
+        let held = std::mem::take(held);
         self.callers.remove(sender);
         self.unknown -= 1;
-        self.waiting_bytes -= bytes;
+        self.unknown_bytes -= held.iter().map(|call| call.bytes.len()).sum::<usize>();
         let Some(uid) = uid else { return Vec::new() };
         self.callers.insert(sender.to_owned(), Caller::Known { uid, running: HashMap::new() });
         let arrive = |call| match self.arrive(call, now) {
             Arrival::Refused(call) => Some(call),
-            Arrival::Taken | Arrival::Unknown => None,
+            Arrival::Taken | Arrival::Unknown | Arrival::Later => None,
         };
         held.into_iter().filter_map(arrive).collect()
     }
@@ -349,7 +347,38 @@ mod tests {
         assert_eq!(limits.arrive(call(":1.1", 1, 100), now), Arrival::Unknown);
         assert_eq!(limits.arrive(call(":1.1", 2, 100), now), Arrival::Taken);
         assert_eq!(limits.identified(":1.1", None, now), []);
-        assert_eq!((let_in(&mut limits), limits.unknown, limits.waiting_bytes), (0, 0, 0));
+        assert_eq!((let_in(&mut limits), limits.unknown, limits.unknown_bytes), (0, 0, 0));
+    }
+
+    #[test]
+    fn root_is_not_refused_before_it_is_known_that_it_is_root() {
+        let (mut limits, now) = (Limits::default(), Instant::now());
+        // Others have as much waiting as there may be.
+        for user in 0..40 {
+            let sender = format!(":2.{user}");
+            known(&mut limits, &sender, 1000 + user, now);
+            for serial in 1..40 {
+                limits.arrive(call(&sender, serial, 32_000), now);
+            }
+        }
+        let_in(&mut limits);
+        assert!(limits.waiting_bytes + 40_000 > WAITING_BYTES_IN_ALL);
+        // And as many of others as may be are not known yet, with as much as may be kept.
+        let mut last = 0;
+        while limits.arrive(call(&format!(":1.{last}"), 1, 40_000), now) == Arrival::Unknown {
+            last += 1;
+        }
+        assert_eq!(limits.arrive(call(":1.0", 2, 40_000), now), Arrival::Later);
+        for number in last..UNKNOWN {
+            assert_eq!(limits.arrive(call(&format!(":1.{number}"), 1, 1), now), Arrival::Unknown);
+        }
+        assert_eq!(limits.arrive(call(":3.1", 1, 1), now), Arrival::Later);
+        // One of them is known, and there is room.
+        assert_eq!(limits.identified(":1.0", Some(2000), now).len(), 1, "nothing more of theirs can wait");
+        assert_eq!(limits.arrive(call(":3.1", 1, 10_000), now), Arrival::Unknown);
+        assert_eq!(limits.arrive(call(":3.1", 2, 10_000), now), Arrival::Taken);
+        assert_eq!(limits.identified(":3.1", Some(0), now), []);
+        assert_eq!(let_in(&mut limits), 2);
     }
 
     #[test]
@@ -402,20 +431,22 @@ mod tests {
                         let mut call = call(&name(sender), serial, size);
                         call.bytes[8..12].copy_from_slice(&sender.to_le_bytes());
                         call.bytes[12..16].copy_from_slice(&serial.to_le_bytes());
-                        let is_root = limits.uid(&name(sender)) == Some(0);
                         match limits.arrive(call, now) {
                             Arrival::Refused(_) => {
-                                prop_assert!(!is_root);
+                                prop_assert_ne!(uid(sender), 0);
                                 refused += 1;
                             }
                             Arrival::Taken | Arrival::Unknown => open += 1,
+                            Arrival::Later => prop_assert!(limits.unknown > 0),
                         }
                     }
                     Step::Identify { sender, gone } => {
-                        if gone && let Some(Caller::Unknown { held, .. }) = limits.callers.get(&name(sender)) {
+                        if gone && let Some(Caller::Unknown { held }) = limits.callers.get(&name(sender)) {
                             open -= held.len();
                         }
-                        open -= limits.identified(&name(sender), (!gone).then_some(uid(sender)), now).len();
+                        let refused = limits.identified(&name(sender), (!gone).then_some(uid(sender)), now);
+                        prop_assert!(uid(sender) != 0 || refused.is_empty());
+                        open -= refused.len();
                     }
                     Step::Answer { which, size } if !running.is_empty() => {
                         let (sender, serial) = running.swap_remove(which % running.len());
@@ -431,6 +462,7 @@ mod tests {
                 take(&mut limits, &mut running, &mut open);
                 prop_assert_eq!(limits.running, running.len());
                 prop_assert!(running.len() <= RUNNING_IN_ALL && limits.waiting_bytes <= WAITING_BYTES_IN_ALL);
+                prop_assert!(limits.unknown <= UNKNOWN && limits.unknown_bytes <= UNKNOWN_BYTES);
                 for user in limits.users.values() {
                     prop_assert!(user.running <= RUNNING && user.waiting.len() <= WAITING);
                     prop_assert!(user.waiting_bytes <= WAITING_BYTES);
@@ -452,7 +484,8 @@ mod tests {
                 limits.answered(&name(sender), NonZeroU32::new(serial).expect("not zero"), 100, now);
                 take(&mut limits, &mut running, &mut open);
             }
-            prop_assert_eq!((open, limits.running, limits.waiting_bytes, limits.unknown), (0, 0, 0, 0), "{}", refused);
+            prop_assert_eq!((open, limits.running, limits.waiting_bytes), (0, 0, 0), "{}", refused);
+            prop_assert_eq!((limits.unknown, limits.unknown_bytes), (0, 0));
         }
     }
 }

@@ -1,13 +1,15 @@
 //! The gate between the bus and us.
 //!
 //! zbus takes in every call there is and makes a task of each, so who sends faster than it is answered, or sends what is
-//! large, takes memory and time from everybody. Here calls are looked at as they come from the socket, before anything is
-//! made of them: what is too large is skipped without being kept, what is too much is refused, and the rest is let in as its
-//! user's turn comes.
+//! large, takes memory and time from everybody; and it ends its connection with the first header that it cannot read. Here
+//! messages are looked at as they come from the socket, before anything is made of them: what is too large or cannot be read is
+//! skipped without being kept, what is too much is refused, and the rest is let in as its user's turn comes.
 
 mod frame;
 mod limits;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::{
     num::NonZeroU32,
@@ -30,6 +32,7 @@ use zbus::{
 const REFUSALS: usize = 64;
 
 const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
+const NOT_SUPPORTED: &str = "org.freedesktop.DBus.Error.NotSupported";
 
 /// Lets calls in, as much as each user may have.
 #[derive(Debug)]
@@ -45,12 +48,20 @@ pub(super) struct Gate {
 struct Refusal {
     sender: String,
     serial: NonZeroU32,
+    error: &'static str,
     why: String,
 }
 
 impl Gate {
-    /// Takes a call that has come in.
-    fn arrive(&self, call: Call) {
+    /// A gate, the names of those who have to be [`identified`](Self::identified), and what is to be refused.
+    fn new() -> (Arc<Self>, mpsc::UnboundedReceiver<String>, mpsc::Receiver<Refusal>) {
+        let (strangers, names) = mpsc::unbounded_channel();
+        let (refusals, refused) = mpsc::channel(REFUSALS);
+        (Arc::new(Self { limits: Mutex::default(), news: Notify::new(), strangers, refusals }), names, refused)
+    }
+
+    /// Takes a call that has come in. Returns whether that was possible now; if not, it is once there are [`news`](Self::news).
+    fn arrive(&self, call: Call) -> bool {
         let sender = call.sender.clone();
         let arrival = self.limits().arrive(call, Instant::now());
         match arrival {
@@ -58,17 +69,20 @@ impl Gate {
             // There are as many as `limits` allows; the other end goes only with us.
             Arrival::Unknown => drop(self.strangers.send(sender)),
             Arrival::Refused(call) => self.refuse_too_many(call),
+            Arrival::Later => return false,
         }
+        true
     }
 
     fn refuse_too_many(&self, call: Call) {
-        self.refuse(call, "too many calls of this user are under way; wait for answers".to_owned());
+        let why = "too many calls of this user are under way; wait for answers";
+        self.refuse(call, LIMITS_EXCEEDED, why.to_owned());
     }
 
-    fn refuse(&self, call: Call, why: String) {
+    fn refuse(&self, call: Call, error: &'static str, why: String) {
         let Call { sender, serial, wants_reply, .. } = call;
         if wants_reply {
-            let _ = self.refusals.try_send(Refusal { sender, serial, why });
+            let _ = self.refusals.try_send(Refusal { sender, serial, error, why });
         }
     }
 
@@ -123,16 +137,13 @@ impl Gate {
     /// A gate that nobody comes through, so that the bus is asked about everybody.
     #[cfg(test)]
     pub(super) fn unused() -> Arc<Self> {
-        let (strangers, refusals) = (mpsc::unbounded_channel().0, mpsc::channel(1).0);
-        Arc::new(Self { limits: Mutex::default(), news: Notify::new(), strangers, refusals })
+        Self::new().0
     }
 }
 
 /// Connects to the system bus, with calls coming in through a gate. `bus` is asked who callers are.
 pub(super) async fn connect(bus: fdo::DBusProxy<'static>) -> zbus::Result<(Connection, Arc<Gate>)> {
-    let (strangers, mut names) = mpsc::unbounded_channel();
-    let (refusals, mut refused) = mpsc::channel(REFUSALS);
-    let gate = Arc::new(Gate { limits: Mutex::default(), news: Notify::new(), strangers, refusals });
+    let (gate, mut names, refused) = Gate::new();
     let connection = connect_through(Some(Arc::clone(&gate))).await?;
 
     let identifier = Arc::downgrade(&gate);
@@ -150,16 +161,17 @@ pub(super) async fn connect(bus: fdo::DBusProxy<'static>) -> zbus::Result<(Conne
             });
         }
     });
-    let sender = connection.clone();
-    tokio::spawn(async move {
-        while let Some(refusal) = refused.recv().await {
-            // Who went away needs no answer, and when the connection is lost the daemon ends.
-            if let Ok(message) = refusal.message() {
-                let _ = sender.send(&message).await;
-            }
-        }
-    });
+    tokio::spawn(send_refusals(refused, connection.clone()));
     Ok((connection, gate))
+}
+
+async fn send_refusals(mut refused: mpsc::Receiver<Refusal>, connection: Connection) {
+    while let Some(refusal) = refused.recv().await {
+        // Who went away needs no answer, and when the connection is lost the daemon ends.
+        if let Ok(message) = refusal.message() {
+            let _ = connection.send(&message).await;
+        }
+    }
 }
 
 /// Connects to the system bus for calls of our own. Nobody can call us here, or hold us up with signals.
@@ -179,6 +191,6 @@ impl Refusal {
     fn message(&self) -> zbus::Result<Message> {
         // zbus answers the header of a message; the one of this call was not kept.
         let call = Message::method_call("/", "Refused").serial(self.serial).sender(self.sender.as_str()).build(&())?;
-        Message::error(&call.header(), LIMITS_EXCEEDED).build(&(&self.why,))
+        Message::error(&call.header(), self.error).build(&(&self.why,))
     }
 }

@@ -19,7 +19,7 @@ use zbus::{
 };
 
 use super::{
-    Gate,
+    Gate, LIMITS_EXCEEDED, NOT_SUPPORTED,
     frame::{self, Fields, Kind, Start},
     limits::Call,
 };
@@ -87,6 +87,8 @@ enum Step {
     Again,
     /// More bytes are needed.
     Read,
+    /// What is there cannot be taken before the gate has news.
+    Wait,
 }
 
 impl Reader {
@@ -137,54 +139,60 @@ impl Reader {
         let Some((bytes, _)) = self.available().split_first_chunk() else { return Ok(Step::Read) };
         let broken = || io::Error::new(io::ErrorKind::InvalidData, "the bus has sent what is no message");
         let start = frame::start(bytes).ok_or_else(broken)?;
-        if start.kind == Kind::Reply {
-            self.state = State::Pass(start.total);
-            return Ok(Step::Again);
-        }
-        let is_long = start.total > LONGEST;
-        // Of one that is too long only the header is looked at, to tell its sender.
-        let looked_at = if !is_long { start.total } else { start.header.min(LONGEST) };
+        let is_long = start.kind != Kind::Reply && start.total > LONGEST;
+        // Of what is handed on as it comes, or is too long, only the header is looked at.
+        let looked_at = if start.kind == Kind::Call && !is_long { start.total } else { start.body.min(LONGEST) };
         if self.available().len() < looked_at {
             return Ok(Step::Read);
         }
-        let fields = match self.available().get(..start.header) {
-            Some(header) => frame::fields(&start, header).ok_or_else(broken)?,
-            None => Fields::default(),
-        };
+        let header = self.available().get(..start.body);
+        let fields = header.and_then(|header| frame::fields(&start, &header[..start.header])).unwrap_or_default();
+        let is_readable = header.is_some_and(frame::is_readable);
         self.state = match start.kind {
-            Kind::Signal if !is_long && is_expected(&fields) => State::Pass(start.total),
-            Kind::Call => {
-                self.call(start, fields, is_long);
+            Kind::Signal if is_readable && !is_long && is_expected(&fields) => State::Pass(start.total),
+            Kind::Reply if is_readable => State::Pass(start.total),
+            Kind::Call if !self.call(start, fields, is_long, is_readable) => return Ok(Step::Wait),
+            Kind::Call | Kind::Signal | Kind::Other => State::Skip(start.total),
+            Kind::Reply => {
+                tracing::warn!("an answer on the bus has a header that cannot be read; it is as if there was none");
                 State::Skip(start.total)
             }
-            Kind::Signal | Kind::Reply => State::Skip(start.total),
         };
         Ok(Step::Again)
     }
 
-    fn call(&self, start: Start, fields: Fields, is_long: bool) {
-        let (Some(gate), Some(sender)) = (&self.gate, fields.sender) else { return };
+    /// Takes a call that has come in. Returns whether that was possible now.
+    fn call(&self, start: Start, fields: Fields, is_long: bool, is_readable: bool) -> bool {
+        let (Some(gate), Some(sender)) = (&self.gate, fields.sender) else { return true };
         let Start { serial, wants_reply, total, .. } = start;
-        let bytes = if is_long { Vec::new() } else { self.available()[..total].to_vec() };
+        let is_taken = is_readable && !is_long;
+        let bytes = if is_taken { self.available()[..total].to_vec() } else { Vec::new() };
         let call = Call { sender, serial, wants_reply, bytes };
-        if is_long {
-            gate.refuse(call, format!("the call is {total} bytes long; at most {LONGEST} are taken"));
+        if is_taken {
+            return gate.arrive(call);
+        }
+        let (error, why) = if is_long {
+            (LIMITS_EXCEEDED, format!("the call is {total} bytes long; at most {LONGEST} are taken"))
         } else {
-            gate.arrive(call);
+            (NOT_SUPPORTED, "the header of the call has fields that are not known here".to_owned())
+        };
+        gate.refuse(call, error, why);
+        true
+    }
+
+    /// Waits until the gate may have something to let in, or room.
+    async fn news(&self) {
+        match &self.gate {
+            Some(gate) => gate.news().await,
+            None => std::future::pending().await,
         }
     }
 
     /// Waits for more bytes, or for a message that the gate has let in.
     async fn fill(&mut self) -> io::Result<()> {
-        let news = async {
-            match &self.gate {
-                Some(gate) => gate.news().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             ready = self.stream.readable() => ready?,
-            () = news, if self.state == State::Between => return Ok(()),
+            () = self.news(), if self.state == State::Between => return Ok(()),
         }
         self.buffer.drain(..self.taken);
         self.taken = 0;
@@ -230,6 +238,7 @@ impl ReadHalf for Reader {
                 }
                 Step::Again => {}
                 Step::Read => self.fill().await?,
+                Step::Wait => self.news().await,
             }
         }
     }
@@ -284,7 +293,7 @@ impl WriteHalf for Writer {
 mod tests {
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
-        sync::{Notify, mpsc},
+        sync::mpsc,
     };
 
     use super::{super::Refusal, *};
@@ -299,10 +308,7 @@ mod tests {
 
     async fn set_up(is_open: bool) -> Setup {
         let (bus, ours) = UnixStream::pair().expect("a pair of sockets");
-        let (strangers_sender, strangers) = mpsc::unbounded_channel();
-        let (refusals, refused) = mpsc::channel(8);
-        let gate =
-            Arc::new(Gate { limits: Default::default(), news: Notify::new(), strangers: strangers_sender, refusals });
+        let (gate, strangers, refused) = Gate::new();
         let (mut read, _write) = gated(ours, is_open.then(|| Arc::clone(&gate))).take();
         let mut bus = bus;
         bus.write_all(b"OK 0123456789abcdef0123456789abcdef\r\n").await.expect("room");
@@ -392,6 +398,24 @@ mod tests {
         assert!(setup.strangers.try_recv().is_err(), "asked once");
     }
 
+    #[tokio::test]
+    async fn what_comes_after_too_many_unknown_callers_waits_until_one_is_known() {
+        let mut setup = set_up(true).await;
+        let messages: Vec<_> = (1..=40).map(|serial| call("Held", serial, 60_000)).collect();
+        let mut bytes: Vec<u8> = messages.iter().flat_map(|message| message.data().to_vec()).collect();
+        bytes.extend_from_slice(signal("News", ":1.8", None).data());
+        let mut bus = std::mem::replace(&mut setup.bus, UnixStream::pair().expect("a pair of sockets").0);
+        let _sending = tokio::spawn(async move { bus.write_all(&bytes).await.map(|()| bus) });
+        tokio::time::timeout(Duration::from_millis(50), setup.receive()).await.expect_err("nobody is known");
+        setup.gate.identified(":1.7", Some(0));
+        let mut came = Vec::new();
+        while came.last().is_none_or(|last| last != "News") {
+            came.push(setup.receive().await);
+        }
+        assert_eq!((came.len(), came.iter().filter(|member| *member == "Held").count()), (41, 40));
+        assert!(setup.refused.try_recv().is_err(), "nobody is refused");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_bus_that_takes_nothing_is_given_up_and_a_slow_one_is_not() {
         let (bus, ours) = UnixStream::pair().expect("a pair of sockets");
@@ -428,7 +452,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_message_ends_the_connection() {
         let mut setup = set_up(true).await;
-        setup.bus.write_all(b"l\x09\0\x01\0\0\0\0\x01\0\0\0\0\0\0\0").await.expect("somebody reads");
+        setup.bus.write_all(b"?\x01\0\x01\0\0\0\0\x01\0\0\0\0\0\0\0").await.expect("somebody reads");
         assert!(setup.read.receive_message(1, &mut Vec::new(), &mut Vec::new()).await.is_err());
     }
 }
