@@ -377,7 +377,7 @@ pub(super) async fn other_owner(errand: Errand) -> Option<String> {
         Ok(owner::owner(&spec))
     };
     match errand.run(look).await {
-        Ok(Err(error @ OwnerError::Other { .. })) => Some(error.to_string()),
+        Ok(Err(error @ (OwnerError::Other { .. } | OwnerError::Others(_)))) => Some(error.to_string()),
         _ => None,
     }
 }
