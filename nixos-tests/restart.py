@@ -1,6 +1,6 @@
 # The daemon goes away: it is restarted, upgraded, hung, misconfigured, and taken down with the
-# whole machine. Stores stay usable meanwhile, and the next daemon finds everything as it should be. What
-# becomes of one that is killed on the way is the scenario killpoints.
+# whole machine. Stores stay usable meanwhile, and the next daemon finds everything as it should be.
+# What becomes of one that is killed on the way is the scenario killpoints.
 import json
 import time
 from typing import Any
