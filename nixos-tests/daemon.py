@@ -127,6 +127,12 @@ with subtest("The hook is called when the daemon deletes a path that is in both 
     assert machine.succeed(f"cat {merged(both)}") == "both\n"
 
 with subtest("A build that runs keeps the store, and the daemon goes on afterwards"):
+    # Before it comes somebody with a name that a terminal would obey.
+    machine.succeed(
+        "systemd-run --quiet -E PATH --unit=loud --service-type=notify -p NotifyAccess=all "
+        f'/bin/sh -c \'cd {ROOT}/nix/store; printf "\\033[2J" >/proc/self/comm; '
+        "systemd-notify --ready --pid=parent; sleep infinity; :'"
+    )
     # It runs until it is told to end, with what a shell has built in.
     script = "end() { echo > $out; exit; }; trap end USR1; while :; do :; done"
     slow = build_command("alice", "slow", script)
@@ -136,7 +142,10 @@ with subtest("A build that runs keeps the store, and the daemon goes on afterwar
         "grep '^SigCgt:.*[2367abef]..$' /proc/$(pgrep -f '^sh -c end')/status", timeout=60
     )
     said = machine.fail("layered-stores stop ci 2>&1")
-    assert "it is used by" in said, said
+    assert "it is used by" in said and r"\u{1b}[2J (pid " in said, said
+    shown = [machine.execute(f"layered-stores status ci {how}")[1] for how in ("", "--json")]
+    assert "\x1b" not in "".join([said, *shown]), (said, shown)
+    machine.succeed("systemctl stop loud")
     machine.wait_until_succeeds(f"systemctl is-active '{SOCKET_UNIT}'", timeout=60)
     build("bob", "meanwhile", "echo > $out")
     machine.succeed("pkill -USR1 -f '^sh -c end'")

@@ -307,6 +307,32 @@ with subtest("A store of root's has root's Nix daemon, as ever"):
     upper = str(status("sys")["upper-layer"])
     assert machine.succeed(f"stat --format '%U:%G %a' {upper}") == "root:nixbld 1775\n"
 
+with subtest("Where others can put links for root's Nix to follow, there is none"):
+    machine.succeed(f"chgrp users {upper}", "systemctl restart layered-storesd")
+    machine.wait_until_succeeds(
+        "(layered-stores status sys --json || true) | grep other-owner", timeout=60
+    )
+    machine.wait_until_fails("test -e /run/layered-stores/sys/daemon.sock", timeout=60)
+    machine.succeed("layered-stores stop sys")
+    said = machine.fail("layered-stores start sys 2>&1")
+    assert f"{upper}, with group users and mode 1775, is for others than root" in said, said
+    machine.succeed(f"chgrp nixbld {upper}", "layered-stores start sys")
+    machine.succeed("test -S /run/layered-stores/sys/daemon.sock")
+    assert status("sys")["problems"] == [], status("sys")
+    # Nix makes files of its lower store's state dir also where it is only to read.
+    lower = "/srv/alices"
+    machine.succeed(
+        f"nix-store --store 'local?root={lower}' --add /etc/hostname",
+        f"chown -R alice {lower}/nix/var/nix; chmod 755 {lower}",
+    )
+    reserved = f"{lower}/nix/var/nix/db/reserved"
+    machine.succeed(as_user("alice", f"ln -sfn {ROOTS}/planted {reserved}"))
+    machine.execute(
+        "nix --extra-experimental-features read-only-local-store store info "
+        f"--store 'local?root={lower}&read-only=true'"
+    )
+    machine.succeed(f"rm {ROOTS}/planted")
+
 with subtest("The example that is shipped has no mistakes, and its store of an owner works"):
     program = "readlink -f $(command -v layered-stores)"
     example = machine.succeed(

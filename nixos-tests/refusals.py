@@ -133,6 +133,20 @@ CASES = {
         "install -d -o bob /srv/upper-of-bob/upper",
         "chown root /srv/upper-of-bob/upper",
     ),
+    "upper-for-others": Case(
+        r"upper-layer: /srv/upper-for-others/upper, with group users and mode 1775, is for others "
+        r"than root to write to, .*; run `chmod go-w /srv/upper-for-others/upper`, take away what",
+        "install -d -m 1775 -g users /srv/upper-for-others/upper",
+        "chmod go-w /srv/upper-for-others/upper",
+    ),
+    "lower-for-others": Case(
+        r"lower-store: root's Nix opens it, .*; /srv/lower-for-others/nix/var/nix can be changed "
+        r"by others than root \(now uid \d+, mode 0755\): give /srv/lower-for-others/nix/var/nix",
+        "mkdir -p /srv/lower-for-others/nix/{store,var/nix}; "
+        "chown bob /srv/lower-for-others/nix/var/nix",
+        "chown root /srv/lower-for-others/nix/var/nix",
+        lower="/srv/lower-for-others",
+    ),
     "in-the-way": Case(
         r"upper-layer: /srv/in-the-way/\.upper\.new, the name under which /srv/in-the-way/upper is "
         r"made, cannot be used: Directory not empty \(os error 39\); move it away",

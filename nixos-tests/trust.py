@@ -290,21 +290,24 @@ with subtest("What takes the place of a store or its layers while it is started 
     machine.succeed(f"umount {merged('ci')}", "layered-stores start ci", timeout=60)
     assert mounts("ci") == ["overlay"], mounts("ci")
     # A directory that is replaced after it was looked at, here by a mistake of root's.
-    machine.succeed(
-        "layered-stores stop ci; systemctl stop slow; rm /run/layered-stores/ci.asked.json",
-        "echo 'SLOW=-e trace=fsopen -e inject=fsopen:delay_enter=4000000:when=1' >/run/slow",
-        "systemctl start --no-block slow",
-    )
-    machine.succeed(
-        "until { grep -s '^430 ' /proc/[0-9]*/task/*/syscall || true; } | grep .; "
-        "do sleep 0.02; done; mv /srv/ci/upper /srv/ci/kept; mkdir /srv/ci/upper",
-        "until journalctl --unit=slow | "
-        "grep 'ci: /srv/ci/upper was replaced by another directory while an overlay'; "
-        "do sleep 0.02; done; rmdir /srv/ci/upper; mv /srv/ci/kept /srv/ci/upper",
-        timeout=60,
-    )
-    machine.succeed("layered-stores start ci", timeout=60)
-    assert mounts("ci") == ["overlay"], mounts("ci")
+    for directory in ("/srv/ci/upper", "/srv/ci/work", f"{LOWER}/nix/store"):
+        machine.succeed(
+            "layered-stores stop ci hers; systemctl stop slow layered-storesd",
+            "rm /run/layered-stores/ci.asked.json",
+            "echo 'SLOW=-e trace=fsopen -e inject=fsopen:delay_enter=4000000:when=1' >/run/slow",
+            "systemctl start --no-block slow",
+        )
+        machine.succeed(
+            "until { grep -s '^430 ' /proc/[0-9]*/task/*/syscall || true; } | grep .; "
+            f"do sleep 0.02; done; mv {directory} {directory}.kept; mkdir {directory}",
+            "until journalctl --unit=slow | "
+            f"grep 'ci: {directory} was replaced by another directory while an overlay'; "
+            f"do sleep 0.02; done; rm -r {directory}; mv {directory}.kept {directory}",
+            timeout=60,
+        )
+        machine.succeed("layered-stores start ci", timeout=60)
+        assert mounts("ci") == ["overlay"], (directory, mounts("ci"))
+    machine.succeed("layered-stores start hers", timeout=60)
     machine.succeed("systemctl stop slow; systemctl start layered-storesd", timeout=60)
     assert problems("ci") == {}, problems("ci")
 

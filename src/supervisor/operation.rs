@@ -237,6 +237,19 @@ fn is_served(tools: &Tools, spec: &StoreSpec) -> bool {
 /// Takes a store down.
 pub(super) async fn stop(tools: Tools, errand: Errand) -> Result<(), OperationError> {
     let spec = Arc::clone(&errand.spec);
+    // systemd unmounts whatever is on top when it comes to that.
+    let look = {
+        let spec = Arc::clone(&spec);
+        move || match mount_state(&spec)? {
+            MountState::Covered(cover) => Err(OperationError::NotOnTop(cover.to_string())),
+            MountState::Foreign { what } => {
+                let at = &spec.layers.merged;
+                Err(OperationError::NotOnTop(format!("{what} is mounted at {at}; unmount it with `umount {at}`")))
+            }
+            _ => Ok(()),
+        }
+    };
+    errand.run(look).await?;
     let stopped = tools.units.stop(&spec.mount_unit).await;
     let rest = move || {
         match stopped {
@@ -377,7 +390,7 @@ pub(super) async fn other_owner(errand: Errand) -> Option<String> {
         Ok(owner::owner(&spec))
     };
     match errand.run(look).await {
-        Ok(Err(error @ OwnerError::Other { .. })) => Some(error.to_string()),
+        Ok(Err(error @ (OwnerError::Other { .. } | OwnerError::Others(_)))) => Some(error.to_string()),
         _ => None,
     }
 }

@@ -57,7 +57,7 @@ pub enum Problem {
     StartFailed,
     /// Its Nix daemon cannot be connected to.
     DaemonFailed,
-    /// Its directories belong to somebody else than the configuration says.
+    /// Its directories belong to somebody else than the configuration says, or others can change what root's Nix follows.
     OtherOwner,
     /// A refresh could not be carried out.
     RefreshFailed,

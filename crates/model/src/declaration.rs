@@ -115,16 +115,17 @@ impl Declaration {
             name: "group",
             options: &["group"],
             kind: "string",
-            default: "`nixbld` where it exists and the store is root's, and else the owner's",
+            default: "that of Nix's build users (`nixbld`) where it exists and the store is root's, and else the owner's",
             example: "\"builders\"",
-            description: "Name or number of the group to which upper layer and database belong.",
+            description: "Name or number of the group to which upper layer and database belong. Only Nix's build users may write \
+                          to the upper layer of a store of root's.",
             section: "",
         },
         Key {
             name: "mode",
             options: &["mode"],
             kind: "string of octal digits",
-            default: "`\"1775\"` with a group, or with `nixbld` by default, and `\"0755\"` for others",
+            default: "`\"1775\"` for a store of root's with the group of Nix's build users, and `\"0755\"` for others",
             example: "\"0755\"",
             description: "Mode of the upper layer. Directories that exist are never given another mode.",
             section: "",
@@ -189,8 +190,7 @@ impl Declaration {
         let root = fields.directory("root");
         let upper_layer = fields.directory("upper-layer");
         let work_dir = fields.directory("work-dir");
-        let ownership =
-            Ownership { owner: fields.account("owner"), group: fields.account("group"), mode: fields.mode() };
+        let ownership = fields.ownership();
         let required = fields.flag("required");
         let autostart = fields.flag("autostart");
         let mount_options = fields.list("mount-options", |text| text.parse::<MountOption>().map_err(|e| e.to_string()));

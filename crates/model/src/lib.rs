@@ -28,7 +28,7 @@ pub use nix_daemon::{MAX_SOCKET_PATH_LEN, NixDaemon, refuse_setting, refuse_user
 pub use path::{AbsolutePath, PathError};
 pub use printable::{excerpt, printable, unprintable};
 pub use source::Source;
-pub use spec::{Layers, Ownership, Service, StoreSpec, url_parameter};
+pub use spec::{BUILD_USERS, Layers, Ownership, Service, StoreSpec, url_parameter};
 pub use stack::{Conflict, MAX_DEPTH, Reason, nearest, stack};
 pub use unit_name::{MountUnitName, UnitNameTooLong};
 

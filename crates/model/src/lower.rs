@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{AbsolutePath, NIX_STORE_DIR, NameError, PathError, StoreName, unprintable};
 
+/// Where Nix's state directory is below a store's root.
+const NIX_STATE_DIR: &str = "/nix/var/nix";
+
 /// The prefix that refers to another store of the same configuration.
 const LAYERED: &str = "layered:";
 
@@ -22,6 +25,8 @@ pub enum LowerStore {
         url: String,
         /// The directory of its store objects on this machine.
         store_dir: AbsolutePath,
+        /// Its state directory, in which whoever uses it works; `None` if a Nix daemon does that for them.
+        state_dir: Option<AbsolutePath>,
     },
 }
 
@@ -81,9 +86,9 @@ impl FromStr for LowerStore {
         if text == "/" {
             return Err(LowerStoreError::HostRoot);
         }
-        let store_dir = store_dir(text)?;
+        let (store_dir, state_dir) = directories(text)?;
         refuse_unprintable(text)?;
-        Ok(Self::Nix { url: text.to_owned(), store_dir })
+        Ok(Self::Nix { url: text.to_owned(), store_dir, state_dir })
     }
 }
 
@@ -96,12 +101,12 @@ fn refuse_unprintable(url: &str) -> Result<(), LowerStoreError> {
     refused.map_or(Ok(()), |c| Err(LowerStoreError::Unprintable(c)))
 }
 
-/// The local directory of store objects of a Nix store URL.
+/// The local directory of store objects of a Nix store URL, and its state directory if Nix works in that itself.
 ///
-/// Follows `parseStoreReference` and the settings `root`, `real` and `store` of Nix's local stores
-/// (`src/libstore/store-reference.cc`, `local-fs-store.hh`): `real` wins over `root`, and a bare
+/// Follows `parseStoreReference` and the settings `root`, `real`, `state` and `store` of Nix's local stores
+/// (`src/libstore/store-reference.cc`, `local-fs-store.hh`): `real` and `state` win over `root`, and a bare
 /// absolute path is a root.
-fn store_dir(url: &str) -> Result<AbsolutePath, LowerStoreError> {
+fn directories(url: &str) -> Result<(AbsolutePath, Option<AbsolutePath>), LowerStoreError> {
     let (base, query) = url.split_once('?').unwrap_or((url, ""));
     let (scheme, authority) = base.split_once("://").unwrap_or((base, ""));
     let mut root = None;
@@ -114,21 +119,25 @@ fn store_dir(url: &str) -> Result<AbsolutePath, LowerStoreError> {
         path if path.contains('/') => return Err(PathError::Relative.into()),
         other => return Err(LowerStoreError::NotLocal(other.to_owned())),
     }
-    let mut real = None;
+    let (mut real, mut state) = (None, None);
     for (key, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
         let value = percent_decode_str(value).decode_utf8_lossy().into_owned();
         match key {
             "root" if !value.is_empty() => root = Some(value),
             "real" => real = Some(value),
+            "state" => state = Some(value),
             "store" if value != NIX_STORE_DIR => return Err(LowerStoreError::StoreDir(value)),
             _ => {}
         }
     }
-    match (real, root) {
-        (Some(real), _) => Ok(real.parse()?),
-        (None, Some(root)) => Ok(root.parse::<AbsolutePath>()?.join(&NIX_STORE_DIR[1..])?),
-        (None, None) => Ok(NIX_STORE_DIR.parse()?),
-    }
+    let directory = |given: Option<String>, default: &str| match (given, &root) {
+        (Some(given), _) => given.parse(),
+        (None, Some(root)) => root.parse::<AbsolutePath>()?.join(&default[1..]),
+        (None, None) => default.parse(),
+    };
+    let has_daemon = matches!(scheme, "daemon" | "unix");
+    let state_dir = if has_daemon { None } else { Some(directory(state, NIX_STATE_DIR)?) };
+    Ok((directory(real, NIX_STORE_DIR)?, state_dir))
 }
 
 impl fmt::Display for LowerStore {
@@ -145,23 +154,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_directory_of_a_lower_store_is_where_nix_has_it() {
-        for (url, dir) in [
-            ("/mnt/store-a", "/mnt/store-a/nix/store"),
-            ("auto", "/nix/store"),
-            ("daemon", "/nix/store"),
-            ("daemon?root=/x", "/x/nix/store"),
-            ("local", "/nix/store"),
-            ("local?root=/x", "/x/nix/store"),
-            ("local?root=", "/nix/store"),
-            ("local?root=/x&real=/y/store&read-only=true", "/y/store"),
-            ("local:///srv/a?read-only=true", "/srv/a/nix/store"),
-            ("local?store=/nix/store&root=%2Fx", "/x/nix/store"),
-            ("unix:///run/other.sock?root=/x", "/x/nix/store"),
-            ("unix://", "/nix/store"),
-            ("/x?read-only=true", "/x/nix/store"),
+    fn the_directories_of_a_lower_store_are_where_nix_has_them() {
+        for (url, store, state) in [
+            ("/mnt/store-a", "/mnt/store-a/nix/store", "/mnt/store-a/nix/var/nix"),
+            ("auto", "/nix/store", "/nix/var/nix"),
+            ("daemon", "/nix/store", ""),
+            ("daemon?root=/x", "/x/nix/store", ""),
+            ("local", "/nix/store", "/nix/var/nix"),
+            ("local?root=/x", "/x/nix/store", "/x/nix/var/nix"),
+            ("local?root=", "/nix/store", "/nix/var/nix"),
+            ("local?root=/x&real=/y/store&read-only=true", "/y/store", "/x/nix/var/nix"),
+            ("local?state=%2Fs&real=/y/store", "/y/store", "/s"),
+            ("local-overlay://?root=/x", "/x/nix/store", "/x/nix/var/nix"),
+            ("local:///srv/a?read-only=true", "/srv/a/nix/store", "/srv/a/nix/var/nix"),
+            ("local?store=/nix/store&root=%2Fx", "/x/nix/store", "/x/nix/var/nix"),
+            ("unix:///run/other.sock?root=/x", "/x/nix/store", ""),
+            ("unix://", "/nix/store", ""),
+            ("/x?state=/s&read-only=true", "/x/nix/store", "/s"),
         ] {
-            assert_eq!(store_dir(url).map(|d| d.to_string()), Ok(dir.to_owned()), "{url}");
+            let (found_store, found_state) = directories(url).unwrap_or_else(|error| panic!("{url}: {error}"));
+            let found_state = found_state.map(|dir| dir.to_string()).unwrap_or_default();
+            assert_eq!((found_store.as_str(), found_state.as_str()), (store, state), "{url}");
         }
     }
 
@@ -178,6 +191,7 @@ mod tests {
             ("a/b", PathError::Relative.into()),
             ("/x/", PathError::TrailingSlash.into()),
             ("local?root=rel", PathError::Relative.into()),
+            ("local?state=rel", PathError::Relative.into()),
             ("local?store=/gnu/store", LowerStoreError::StoreDir("/gnu/store".into())),
             ("/x\0", PathError::Character('\0').into()),
             ("local?root=/x%00", PathError::Character('\0').into()),

@@ -39,14 +39,17 @@ impl Layers {
     }
 }
 
+/// The group of Nix's build users, where Nix runs as root and nothing else is set (`build-users-group`).
+pub const BUILD_USERS: &str = "nixbld";
+
 /// Who owns the directories of a store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ownership {
     /// User name or number; `root` when absent.
     pub owner: Option<String>,
-    /// Group name or number; when absent, `nixbld` where it exists and the store is root's, else the owner's.
+    /// Group name or number; when absent, that of Nix's build users where it exists and the store is root's, else the owner's.
     pub group: Option<String>,
-    /// Mode of the upper layer; when absent, 1775 for a store of `nixbld` and 0755 for others.
+    /// Mode of the upper layer; when absent, 1775 for a store of root's with the group of Nix's build users and 0755 for others.
     pub mode: Option<u32>,
 }
 

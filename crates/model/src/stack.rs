@@ -37,7 +37,7 @@ pub fn stack(declarations: Vec<Declaration>, remount_hook: &AbsolutePath) -> Res
     depths.sort_by_key(|(depth, _)| *depth);
     for (_, declaration) in depths {
         let (lower_url, lower_dir) = match &declaration.lower_store {
-            LowerStore::Nix { url, store_dir } => (url.clone(), store_dir.clone()),
+            LowerStore::Nix { url, store_dir, .. } => (url.clone(), store_dir.clone()),
             LowerStore::Layered(name) => match index.get(name) {
                 Some(&i) => {
                     let lower: &StoreSpec = &ordered[i];

@@ -2,21 +2,28 @@
 //!
 //! A directory that exists is never given another owner or mode.
 
+mod accounts;
 mod error;
+mod others;
 mod work;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 pub use error::LayersError;
+pub(super) use others::refuse_others;
 pub(super) use work::{KERNELS, refuse_strange_work};
 
 use layered_stores_model::{AbsolutePath, Layers, LowerStore, NIX_STORE_DIR, Ownership, StoreSpec};
-use nix::unistd::{Gid, Group, Uid, User};
+use nix::unistd::{Gid, Uid};
 use rustix::{
     fs::{AtFlags, CWD, Dir, FileType, IFlags, Mode, Statx, StatxAttributes, StatxFlags, XattrFlags},
     io::Errno,
 };
 
+use self::{
+    accounts::{resolve_owner, resolve_user},
+    others::{refuse_lower_of_others, refuse_writers},
+};
 use super::{
     ephemeral,
     identity::{self, Expected, Id, Known, Marks, Pair},
@@ -34,13 +41,19 @@ use super::{
 /// # Errors
 /// [`LayersError`]; directories made so far stay.
 pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks), LayersError> {
-    let owner = resolve_owner(&spec.ownership)?;
+    let owner = resolve_owner(spec)?;
+    if owner.uid.is_root() {
+        refuse_writers(spec, owner.gid, owner.mode)?;
+    }
     open_lower(&spec.layers.lower).map_err(|error| match (error, &spec.lower_store) {
         (LayersError::LowerMissing(dir), LowerStore::Nix { url, .. }) if dir.as_str() == NIX_STORE_DIR => {
             LayersError::NixUnused { dir, url: url.clone() }
         }
         (error, _) => error,
     })?;
+    if owner.uid.is_root() {
+        refuse_lower_of_others(spec)?;
+    }
     match &spec.ephemeral {
         Some(wanted) => ephemeral::ensure(wanted)?,
         None => {
@@ -215,59 +228,6 @@ pub fn require_lower(layers: &Layers) -> Result<(), LayersError> {
     open_lower(&layers.lower).map(drop)
 }
 
-fn resolve_owner(ownership: &Ownership) -> Result<Owner, LayersError> {
-    // The name service may ask somebody over the network.
-    progress::at(Spot::Accounts);
-    let (uid, own_gid) = resolve_user(ownership)?;
-    let (gid, default_mode) = match &ownership.group {
-        Some(name) => {
-            let by_number = |id| Group::from_gid(Gid::from_raw(id));
-            let group = account("group", "group", name, Group::from_name(name), by_number)?;
-            (group.gid, 0o1775)
-        }
-        // What Nix itself gives its store directory when it runs as root with build users (`LocalStore`).
-        None if uid.is_root() => match found("group", "nixbld", Group::from_name("nixbld"))? {
-            Some(group) => (group.gid, 0o1775),
-            None => (own_gid, 0o755),
-        },
-        None => (own_gid, 0o755),
-    };
-    Ok(Owner { uid, gid, mode: Mode::from_raw_mode(ownership.mode.unwrap_or(default_mode)) })
-}
-
-fn resolve_user(ownership: &Ownership) -> Result<(Uid, Gid), LayersError> {
-    let Some(name) = &ownership.owner else { return Ok((Uid::from_raw(0), Gid::from_raw(0))) };
-    let by_number = |id| User::from_uid(Uid::from_raw(id));
-    let user = account("owner", "user", name, User::from_name(name), by_number)?;
-    Ok((user.uid, user.gid))
-}
-
-/// The account of a name; failing that, of the number that it is.
-fn account<T>(
-    key: &'static str,
-    kind: &'static str,
-    name: &str,
-    by_name: nix::Result<Option<T>>,
-    by_number: impl FnOnce(u32) -> nix::Result<Option<T>>,
-) -> Result<T, LayersError> {
-    if let Some(account) = found(key, name, by_name)? {
-        return Ok(account);
-    }
-    let by_number = name.parse().map_or(Ok(None), by_number);
-    found(key, name, by_number)?.ok_or_else(|| LayersError::NoSuchAccount { key, name: name.to_owned(), kind })
-}
-
-/// What the name service says. That it cannot say is something else than that there is nobody.
-fn found<T>(key: &'static str, name: &str, answer: nix::Result<Option<T>>) -> Result<Option<T>, LayersError> {
-    use nix::errno::Errno;
-    match answer {
-        // What getpwnam(3) lists for "the given name was not found".
-        Err(Errno::ENOENT | Errno::ESRCH | Errno::EBADF | Errno::EPERM) => Ok(None),
-        Err(errno) => Err(LayersError::NameService { key, name: name.to_owned(), source: errno.into() }),
-        Ok(account) => Ok(account),
-    }
-}
-
 /// Makes and checks upper layer and work dir.
 fn make_upper(spec: &StoreSpec, owner: Owner, upper: &Expected<'_>) -> Result<Directories, LayersError> {
     let layers = &spec.layers;
@@ -275,7 +235,7 @@ fn make_upper(spec: &StoreSpec, owner: Owner, upper: &Expected<'_>) -> Result<Di
     let private = Owner { uid: Uid::from_raw(0), gid: Gid::from_raw(0), mode: Mode::from_raw_mode(0o700) };
     Walk::making("work-dir").make_owned(&layers.work, private)?;
     let directories = Directories::open(layers)?;
-    check_upper(&directories, layers, owner)?;
+    check_upper(&directories, spec, owner)?;
     check_xattrs(directories.work.as_fd(), &layers.upper)?;
     refuse_strange_work(directories.work.as_fd(), &layers.work)?;
     check_file_types(&layers.upper)?;
@@ -296,11 +256,17 @@ fn make_if_new(
 }
 
 /// Refuses an upper layer that is somebody else's: what is in it was not put there by who the configuration says.
-fn check_upper(directories: &Directories, layers: &Layers, owner: Owner) -> Result<(), LayersError> {
-    let (key, path) = ("upper-layer", layers.upper.clone());
-    let found = Walk::new(key).stat(directories.upper.as_fd(), path.as_str())?.stx_uid;
-    let wanted = owner.uid.as_raw();
-    if found == wanted { Ok(()) } else { Err(LayersError::OtherOwner { key, path, found, wanted }) }
+fn check_upper(directories: &Directories, spec: &StoreSpec, owner: Owner) -> Result<(), LayersError> {
+    let (key, path) = ("upper-layer", spec.layers.upper.clone());
+    let stat = Walk::new(key).stat(directories.upper.as_fd(), path.as_str())?;
+    let (found, wanted) = (stat.stx_uid, owner.uid.as_raw());
+    if found != wanted {
+        return Err(LayersError::OtherOwner { key, path, found, wanted });
+    }
+    if owner.uid.is_root() {
+        refuse_writers(spec, Gid::from_raw(stat.stx_gid), Mode::from_raw_mode(stat.stx_mode.into()))?;
+    }
+    Ok(())
 }
 
 /// OverlayFS keeps its notes in `trusted.overlay.*`; the work dir is ours to try it on.
@@ -378,26 +344,4 @@ fn set_immutable(dir: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
         return Ok(());
     }
     rustix::fs::ioctl_setflags(&dir, if on { flags | IFlags::IMMUTABLE } else { flags - IFlags::IMMUTABLE })
-}
-
-#[cfg(test)]
-mod tests {
-    use nix::errno::Errno;
-
-    use super::*;
-
-    #[test]
-    fn that_the_name_service_cannot_say_is_not_that_there_is_nobody() {
-        let look_up = |by_name, by_number| account("owner", "user", "7", by_name, |_| by_number);
-        assert!(matches!(look_up(Ok(Some(1)), Err(Errno::EIO)), Ok(1)), "found by name");
-        assert!(matches!(look_up(Ok(None), Ok(Some(2))), Ok(2)), "found by number");
-        for nobody in [Ok(None), Err(Errno::ENOENT), Err(Errno::ESRCH)] {
-            let error = look_up(nobody, Ok(None::<u32>)).expect_err("nobody").to_string();
-            assert!(error.contains("no such user"), "{error}");
-        }
-        for (by_name, by_number) in [(Err(Errno::ETIMEDOUT), Ok(Some(2))), (Ok(None), Err(Errno::EIO))] {
-            let error = look_up(by_name, by_number).expect_err("unknown").to_string();
-            assert!(error.contains("cannot say who that is"), "{error}");
-        }
-    }
 }

@@ -8,7 +8,7 @@ use layered_stores_model::{AbsolutePath, StoreSpec};
 use nix::unistd::{Uid, User};
 use rustix::io::Errno;
 
-use super::layers::{LayersError, declared_owner};
+use super::layers::{LayersError, declared_owner, refuse_others};
 
 /// A store does not belong to whom it should.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +24,9 @@ pub enum OwnerError {
         /// The kernel's answer.
         errno: Errno,
     },
+    /// It is root's, and others can change what root's Nix follows.
+    #[error(transparent)]
+    Others(LayersError),
     /// One of its directories is somebody else's.
     #[error(
         "{path} belongs to {found}, and the store to {wanted}, as after {found} has run Nix on it directly; give it back with \
@@ -58,6 +61,9 @@ pub fn owner(spec: &StoreSpec) -> Result<u32, OwnerError> {
             let (found, wanted) = (user_name(found), user_name(wanted));
             return Err(OwnerError::Other { path: path.clone(), found, wanted, spec: Box::new(spec.clone()) });
         }
+    }
+    if wanted == 0 {
+        refuse_others(spec).map_err(OwnerError::Others)?;
     }
     Ok(wanted)
 }

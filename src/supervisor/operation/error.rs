@@ -30,6 +30,8 @@ pub(in crate::supervisor) enum OperationError {
     Mount(#[from] MountError),
     #[error("{}", in_use(.why, .holders))]
     Unmount { why: String, holders: Vec<String> },
+    #[error("{0}; the store is not stopped before that")]
+    NotOnTop(String),
     #[error(transparent)]
     Record(#[from] RecordError),
     #[error(transparent)]

@@ -14,7 +14,6 @@ lower-store = \"daemon\"
 [stores.ci]
 lower-store = \"layered:base\"
 root = \"/srv/ci/root\"
-mode = \"1775\"
 group = \"ci\"
 required = false
 mount-options = [\"noatime\"]
@@ -36,6 +35,8 @@ fn a_record_of_the_first_version_is_read() {
         .into_iter()
         .find(|spec| spec.name.as_str() == "ci")
         .expect("it is declared");
+    // With that group it cannot be declared any more.
+    let ci = fixture::with(&ci, |terms| terms.ownership.mode = Some(0o1775));
     let known = known(TEXT);
     assert_eq!((known.stores, known.unreadable), (vec![Arc::new(ci)], Vec::<String>::new()));
 }

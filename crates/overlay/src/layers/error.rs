@@ -1,6 +1,7 @@
 //! Why a store's directories cannot be used, in words for people.
 
 use layered_stores_model::{AbsolutePath, EphemeralSize, StoreName};
+use nix::unistd::{Gid, Group};
 use rustix::io::Errno;
 
 use crate::{
@@ -292,6 +293,39 @@ pub enum LayersError {
         /// The configured owner.
         wanted: u32,
     },
+    /// Others can write to an upper layer of root's, or could.
+    #[error(
+        "upper-layer: {path}, with group {group} and mode {mode:04o}, is for others than root to write to, and root's Nix \
+         follows the links that they put there; run `chmod go-w {path}`, take away what in it is not root's, and leave `mode` \
+         away, or give the store an `owner`. Nix's build users may write there: if these are they, name their group in \
+         /etc/nix/nix.conf (`build-users-group`)",
+        group = group_name(*gid)
+    )]
+    UpperForOthers {
+        /// The upper layer.
+        path: AbsolutePath,
+        /// Its group.
+        gid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Root's Nix would work in a state directory that others can change.
+    #[error(
+        "lower-store: root's Nix opens it, writes to its state directory {dir}, with `read-only=true` as well, and follows \
+         the links there; {at} can be changed by others than root (now uid {uid}, mode {mode:04o}): give {dir} and all that is \
+         in it and above it to root alone, name a Nix daemon that opens it (`unix://SOCKET?root=ROOT`), or give this store \
+         an `owner`"
+    )]
+    LowerForOthers {
+        /// The state directory of the lower store.
+        dir: AbsolutePath,
+        /// It, or the one above it that others can change.
+        at: String,
+        /// Its owner.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
     /// The upper layer is the root of a filesystem.
     #[error(
         "upper-layer: {0} is the root of a mounted filesystem, where things like lost+found are no store paths; \
@@ -420,6 +454,11 @@ fn copy(unmarked: bool, wanted: &Id, path: &AbsolutePath) -> String {
     } else {
         String::new()
     }
+}
+
+/// The name of a group, or the number where there is none.
+fn group_name(gid: u32) -> String {
+    Group::from_gid(Gid::from_raw(gid)).ok().flatten().map_or_else(|| gid.to_string(), |group| group.name)
 }
 
 /// How a store begins anew whose directory has another in its place.

@@ -79,6 +79,82 @@ fn the_way_to_the_lower_store_is_walked_as_well() {
 }
 
 #[test]
+fn an_upper_layer_of_roots_is_not_for_others_to_write_to() {
+    let mut store = Store::new();
+    let plain = store.spec.clone();
+    let declare = |owner: Option<&str>, mode| {
+        let (owner, group) = (owner.map(str::to_owned), Some("65534".to_owned()));
+        fixture::with(&plain, |terms| terms.ownership = Ownership { owner, group, mode })
+    };
+    let upper = plain.layers.upper.as_path();
+    let (refused, permissions) = (
+        |store: &Store| matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::UpperForOthers { .. })),
+        || upper.metadata().expect("made").permissions().mode() & 0o7777,
+    );
+
+    store.spec = declare(None, Some(0o1775));
+    assert!(refused(&store), "a group that is not of build users");
+    assert!(!upper.exists(), "nothing was made");
+    store.spec = declare(None, None);
+    drop(prepare(&store.spec, Known::of(&[])).expect("by default it does not write"));
+    assert_eq!(permissions(), 0o755);
+    assert!(owner(&store.spec).is_ok());
+    for mode in [0o1775, 0o1777, 0o757] {
+        give(upper, mode, Some(0));
+        chown(upper, None, STRANGER).expect("chown");
+        assert!(refused(&store), "{mode:o}");
+        assert!(matches!(owner(&store.spec), Err(OwnerError::Others(LayersError::UpperForOthers { .. }))), "{mode:o}");
+    }
+    give(upper, 0o750, Some(0));
+    drop(prepare(&store.spec, Known::of(&[])).expect("nobody else writes"));
+
+    fs::remove_dir(upper).expect("removed");
+    store.spec = declare(Some("nobody"), Some(0o1775));
+    fs::remove_dir_all(&plain.state_dir).expect("removed");
+    drop(prepare(&store.spec, Known::of(&[])).expect("no Nix of root's works in somebody else's"));
+    assert_eq!(permissions(), 0o1775);
+}
+
+#[test]
+fn a_lower_store_that_roots_nix_opens_has_a_state_directory_of_roots() {
+    let mut store = Store::new();
+    let plain = store.spec.clone();
+    let lower = store.root.path().join("lower");
+    let state = lower.join("nix/var/nix");
+    fs::create_dir_all(&state).expect("made");
+    drop(prepare(&store.spec, Known::of(&[])).expect("root's alone"));
+    let name = |url: String| fixture::with(&plain, |terms| terms.lower_store = url.parse().expect("valid"));
+    let refused = |spec: &StoreSpec| {
+        let prepared = prepare(spec, Known::of(&[]));
+        let is_refused = matches!(prepared, Err(LayersError::LowerForOthers { .. }));
+        assert!(is_refused || prepared.is_ok(), "{prepared:?}");
+        drop(prepared);
+        assert_eq!(is_refused, matches!(owner(spec), Err(OwnerError::Others(LayersError::LowerForOthers { .. }))));
+        is_refused
+    };
+    let at = lower.display();
+    for (path, mode, stranger) in
+        [(&state, 0o755, true), (&state, 0o775, false), (&lower.join("nix/var"), 0o1777, false)]
+    {
+        give(path, mode, if stranger { STRANGER } else { Some(0) });
+        for url in
+            [format!("{at}"), format!("local?root={at}&read-only=true"), format!("auto?state={}", state.display())]
+        {
+            store.spec = name(url);
+            assert!(refused(&store.spec), "{}: {mode:o}", store.spec.lower_store);
+        }
+        // Who works there is a Nix daemon, or not root's Nix.
+        for url in [format!("unix:///s?root={at}"), format!("daemon?root={at}"), format!("{at}?state={at}/none")] {
+            store.spec = name(url);
+            assert!(!refused(&store.spec), "{}: {mode:o}", store.spec.lower_store);
+        }
+        give(path, 0o755, Some(0));
+    }
+    give(&state, 0o755, STRANGER);
+    fs::remove_dir_all(plain.root.as_path().parent().expect("its directory")).unwrap_or_default();
+}
+
+#[test]
 fn where_others_can_make_files_nothing_is_made_or_taken() {
     let store = Store::new();
     let state = store.root.path().join("state");

@@ -18,13 +18,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use layered_stores_model::{Layers, StoreSpec, fixture};
+use layered_stores_model::{Layers, Ownership, StoreSpec, fixture};
 use layered_stores_overlay::{
     glance, host,
     identity::Known,
     layers::{self, LayersError, look_over, prepare, release_mount_point},
     mount::{MountError, correct_flags, mount, unmount},
     mountinfo::{Cover, MountState, MountTable},
+    owner::{OwnerError, owner},
     place::{MountId, NotOurs},
     probe,
     progress::Progress,
