@@ -177,6 +177,7 @@ audit: ## known vulnerabilities of dependencies, over the network
 test-unit: setup-test ## unit, property and integration tests
 	$(heading) 'test: unit, property and integration tests'
 	$(CARGO) nextest run --workspace --locked
+	$(CARGO) test --doc --workspace --locked
 
 test-scenarios: setup-test ## the scenarios of nixos-tests/ on a booted Debian; needs root
 	$(heading) 'test: scenarios on a booted Debian'

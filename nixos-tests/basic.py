@@ -185,6 +185,26 @@ with subtest("list and status say at a glance how stores are"):
         t.assertIn(piece, page)
     t.assertNotIn("\x1b", table + page, "no colours where nobody sees them")
 
+with subtest("`status --watch` prints a plain page for what has changed, until it is interrupted"):
+    machine.succeed(
+        "systemd-run --quiet --unit=watch -p RemainAfterExit=yes "
+        "-p StandardOutput=truncate:/run/watched -p StandardError=truncate:/run/complained "
+        '--setenv=PATH="$PATH" layered-stores status --watch'
+    )
+    for verb, state in (("start", "active"), ("stop", "inactive"), ("start", "active")):
+        machine.succeed(f"layered-stores {verb} host")
+        machine.wait_until_succeeds(f"grep host /run/watched | tail -n 1 | grep -w {state}")
+    machine.require_unit_state("watch.service")
+    t.assertEqual(machine.get_unit_property("watch.service", "SubState"), "running")
+    machine.succeed("systemctl kill --signal=INT watch")
+    machine.wait_until_succeeds("systemctl show -P SubState watch | grep -v running", timeout=60)
+    t.assertEqual(machine.get_unit_property("watch.service", "Result"), "success")
+    t.assertEqual(machine.succeed("systemctl stop watch; cat /run/complained"), "")
+    pages = machine.succeed("cat /run/watched").removesuffix("\n\n").split("\n\n")
+    for page in pages:
+        t.assertRegex(page, r"\A +STORE +STATE .*\n. ci +active .*\n. host +(in)?active [^\n]*\Z")
+    t.assertTrue(all(one != next_one for one, next_one in zip(pages, pages[1:], strict=False)))
+
 with subtest("The JSON of status is what D-Bus says, key by key"):
     reply = machine.succeed(f"busctl --json=short call {MANAGER} GetStore s ci")
     object_path = json.loads(reply)["data"][0]
@@ -350,7 +370,15 @@ with subtest("The journal reads well, and is filtered by store"):
     warnings = machine.succeed("journalctl --boot --output=cat --priority=warning STORE=ci")
     t.assertIn("is not there; fill the lower store", warnings)
     t.assertNotIn("active, mounted", warnings)
-    t.assertIn("of 2 stores active", machine.get_unit_property("layered-storesd", "StatusText"))
+
+with subtest("The unit says how many of all stores are up, and that others are not started"):
+    # The required one is up when the daemon is ready.
+    machine.succeed("layered-stores stop ci", "systemctl restart layered-storesd")
+    t.assertEqual(
+        machine.get_unit_property("layered-storesd", "StatusText"),
+        "1 of 2 stores active; not started: 1",
+    )
+    machine.succeed("layered-stores start ci")
 
 with subtest("A reboot brings it all back, with the database intact"):
     database = machine.succeed(f"nix-store --store {uri} --dump-db")

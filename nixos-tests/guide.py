@@ -311,3 +311,25 @@ with subtest("A lower store that Nix has not made yet says what makes it, and th
             t.assertEqual(reader.code, 0, said)
             machine.succeed("layered-stores start ci", "layered-stores status ci")
             machine.succeed("layered-stores stop ci")
+
+with subtest("Uninstalled while a store's Nix daemon listens, nothing is left that runs"):
+    machine.succeed(
+        # What the page has its reader write.
+        "rm -r /etc/systemd/system/layered-stores-nix-daemon@ci.service.d",
+        f"printf '[stores.ci]\\nlower-store = \"local\"\\n[stores.ci.daemon]\\n' > {CONFIG}",
+        "layered-stores reload",
+        "layered-stores start ci",
+    )
+    merged = "/var/lib/layered-stores/stores/ci/root/nix/store"
+    nix_daemon = "layered-stores-nix-daemon@ci"
+    machine.succeed(
+        "nix store info --store unix:///run/layered-stores/ci/daemon.sock",
+        f"systemctl is-active {nix_daemon}.socket {nix_daemon}.service",
+    )
+    machine.succeed(f"make -C {SOURCE} uninstall 2>&1")
+    machine.fail("pgrep -x layered-storesd")
+    for unit in (f"{nix_daemon}.socket", f"{nix_daemon}.service", "layered-storesd.service"):
+        machine.fail(f"systemctl is-active {unit}")
+    machine.fail("test -e /run/layered-stores/ci/daemon.sock")
+    t.assertEqual(installed(), [])
+    machine.succeed(f"mountpoint --quiet {merged}", f"umount {merged}")

@@ -1,5 +1,6 @@
-# Ten stores, of which one has its lower store on a filesystem that hangs, and one lies on that.
-{ lib, ... }:
+# Eleven stores, of which one has its lower store on a filesystem that hangs, one lies on that, and
+# one has an owner whom only a name service knows.
+{ lib, pkgs, ... }:
 let
   others = lib.genAttrs (map (number: "other-${toString number}") (lib.range 1 8)) (name: {
     lowerStore = "/srv/base";
@@ -14,6 +15,11 @@ in
   nodes.machine = {
     imports = [ ./machine.nix ];
 
+    # nss-systemd, for when nscd is not waited for any longer.
+    systemd.services.layered-storesd.environment.LD_LIBRARY_PATH = lib.makeLibraryPath [
+      pkgs.systemd
+    ];
+
     # Their lower stores are filled by the scenario, so nothing is there at boot.
     services.layeredStores.stores = others // {
       above = {
@@ -21,6 +27,13 @@ in
         root = "/srv/above/root";
         upperLayer = "/srv/above/upper";
         workDir = "/srv/above/work";
+      };
+      ghosts = {
+        lowerStore = "/srv/base";
+        root = "/srv/ghosts/root";
+        upperLayer = "/srv/ghosts/upper";
+        workDir = "/srv/ghosts/work";
+        owner = "ghost";
       };
       hung = {
         lowerStore = "/srv/fuse";

@@ -1,6 +1,7 @@
 # The daemon dies, is stopped and is started again, while hooks come all the time. Nix cannot try
 # again, so no hook may fail for it; and however many hooks come, the daemon gets ready.
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ MERGED = f"{STORES}/ci/root/nix/store"
 HERS = f"{STORES}/hers/root/nix/store"
 DAEMON_SOCKET = "layered-stores-nix-daemon@ci.socket"
 
-# How soon the daemon is there again. Without load it takes a fifth of a second.
+# How soon the daemon is there again at the latest, whatever else the machine has to do; and in the
+# middle of several times, where instructions are not emulated. Without load it takes a fifth of a
+# second.
 SOON = 45
+MOSTLY = 2
 
 # Calls the hook without a pause until it is told to end, and says how often, how it failed, and how
 # long the longest call took.
@@ -56,6 +60,15 @@ def wait_until_ready(timeout: int = SOON) -> None:
     )
 
 
+def are_quick(took: list[float], what: str) -> None:
+    """That it mostly takes a moment."""
+    median = statistics.median(took)
+    machine.log(f"{what}: {median:.2f} s in the middle, {max(took):.2f} s at most")
+    # With KVM this is another word.
+    if machine.execute("systemd-detect-virt")[1].strip() != "qemu":
+        t.assertLess(median, MOSTLY, f"{what}: {took}")
+
+
 @contextmanager
 def stream_of_hooks() -> Iterator[None]:
     """Hooks come all the while, and none of them fails."""
@@ -90,30 +103,37 @@ with subtest("A daemon that a hook has started gets ready"):
         machine.require_unit_state(DAEMON_SOCKET)
 
 with subtest("A restart under a stream of hooks is quick, and so is a reload"), stream_of_hooks():
+    took: dict[str, list[float]] = {"restart": [], "reload": []}
     for verb in ("restart", "reload") * 5:
         began = time.monotonic()
         machine.succeed(f"systemctl {verb} layered-storesd", timeout=60)
-        took = time.monotonic() - began
-        t.assertLess(took, SOON, verb)
+        took[verb].append(time.monotonic() - began)
+        t.assertLess(took[verb][-1], SOON, verb)
         machine.require_unit_state(DAEMON_SOCKET)
+    for verb, times in took.items():
+        are_quick(times, verb)
 
 with (
     subtest("Killed under a stream of hooks it is back at once, and no hook fails"),
     stream_of_hooks(),
 ):
-    slowest = 0.0
+    ready: list[float] = []
     for _ in range(10):
         pid = machine.get_unit_property("layered-storesd", "MainPID")
-        began = time.monotonic()
-        machine.succeed("systemctl kill --signal=KILL --kill-whom=main layered-storesd")
+        # By the machine's own clock, as systemd has it.
+        killed = machine.succeed(
+            "python3 -c 'import time; print(time.monotonic())'; "
+            "systemctl kill --signal=KILL --kill-whom=main layered-storesd"
+        )
         machine.wait_until_succeeds(
             "pid=$(systemctl show -P MainPID layered-storesd); "
             f"test $pid != 0 && test $pid != {pid} "
             "&& systemctl is-active --quiet layered-storesd",
             timeout=SOON,
         )
-        slowest = max(slowest, time.monotonic() - began)
-    machine.log(f"ready again after {slowest:.2f} s at most")
+        active = machine.get_unit_property("layered-storesd", "ActiveEnterTimestampMonotonic")
+        ready.append(int(active) / 1_000_000 - float(killed))
+    are_quick(ready, "ready again")
 
 with subtest("Killed ten times a second under a stream of hooks, and no hook fails"):
     restarts = int(machine.get_unit_property("layered-storesd", "NRestarts"))

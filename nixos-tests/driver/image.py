@@ -21,7 +21,7 @@ from .errors import MachineError, PreconditionError
 SUITES = ("trixie", "sid")
 SIZE = 6 * 1024**3
 PACKAGES = (
-    *("systemd", "systemd-sysv", "libpam-systemd", "dbus", "polkitd", "nix-bin"),
+    *("systemd", "systemd-sysv", "libpam-systemd", "libnss-systemd", "dbus", "polkitd", "nix-bin"),
     *("mount", "util-linux", "procps", "e2fsprogs", "acl", "attr"),
     *("strace", "jq", "python3-minimal"),
     # For NixOS' switch-to-configuration.

@@ -265,11 +265,20 @@ mod tests {
     fn deep_directories_are_counted_as_far_as_that_goes() {
         let dir = tempfile::tempdir().expect("a directory");
         let mut at = rustix::fs::open(dir.path(), FLAGS, Mode::empty()).expect("opened");
-        for _ in 0..2 * DEPTH {
+        let mut sparse = 0;
+        for depth in 1..=2 * DEPTH {
             rustix::fs::mkdirat(&at, "d", Mode::RWXU).expect("made");
+            let file = rustix::fs::openat(&at, "file", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU).expect("made");
+            rustix::io::write(&file, b"x").expect("written");
+            // The file and the directory beside it: what is open is read to its end, and nothing below is opened.
+            if depth <= DEPTH {
+                let here = |name| rustix::fs::statat(&at, name, AtFlags::empty()).expect("looked at").st_blocks;
+                sparse += u64::try_from(here("file") + here("d")).expect("a size") * 512;
+            }
             at = rustix::fs::openat(&at, "d", FLAGS, Mode::empty()).expect("opened");
         }
-        of(dir.path());
+        assert!(sparse > 0);
+        assert_eq!(of(dir.path()).bytes, sparse);
     }
 
     #[test]

@@ -1,6 +1,17 @@
 //! How programs speak to layered-storesd.
 //!
 //! [`Client`] speaks over D-Bus, and has the daemon started if it is not there. [`hook`] is the way of Nix's remount hook.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let client = layered_stores_client::Client::connect().await?;
+//! client.store(&"ci".parse()?).await?.start().await?;
+//! for store in client.all().await? {
+//!     println!("{} is {}", store.name, store.state);
+//! }
+//! # Ok(())
+//! # }
+//! ```
 #![forbid(unsafe_code)]
 
 mod client;

@@ -1,4 +1,6 @@
-//! Specifications for tests, made as the daemon makes them.
+//! What tests of several crates share: specifications, made as the daemon makes them, and what a test can do.
+
+use std::{fs, os::unix::fs::MetadataExt as _};
 
 use crate::{
     StoreSpec, Terms,
@@ -33,4 +35,23 @@ pub fn with(spec: &StoreSpec, change: impl FnOnce(&mut Terms)) -> StoreSpec {
     let mut spec = spec.clone();
     change(&mut spec.terms);
     spec
+}
+
+/// Whether this process is root's, as most of what is done to mounts and other people's files needs.
+///
+/// # Panics
+/// Without `/proc`.
+pub fn is_root() -> bool {
+    fs::metadata("/proc/thread-self").expect("/proc").uid() == 0
+}
+
+/// The first line of a test that only root can do: for everybody else it ends there, and says so.
+#[macro_export]
+macro_rules! needs_root {
+    () => {
+        if !$crate::fixture::is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+    };
 }

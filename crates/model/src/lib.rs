@@ -1,6 +1,23 @@
 //! What a layered store *is*: names, paths, URLs, the specification, the stack of stores.
 //!
 //! Nothing here does I/O: everything can be tested with values alone.
+//!
+//! ```
+//! use layered_stores_model::config::{self, Defaults, Keys};
+//!
+//! let text = r#"
+//!     [stores.ci]
+//!     lower-store = "/mnt/base"
+//! "#;
+//! let defaults = Defaults {
+//!     state_dir: "/var/lib/layered-stores".parse()?,
+//!     remount_hook: "/usr/bin/layered-stores-remount".parse()?,
+//! };
+//! let stores = config::parse(text, &defaults, Keys::Alone).expect("no mistakes").stores;
+//! assert_eq!(stores[0].layers.lower.as_str(), "/mnt/base/nix/store");
+//! assert_eq!(stores[0].layers.merged.as_str(), "/var/lib/layered-stores/stores/ci/root/nix/store");
+//! # Ok::<(), layered_stores_model::PathError>(())
+//! ```
 
 pub mod config;
 mod declaration;

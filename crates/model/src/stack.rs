@@ -242,7 +242,7 @@ fn shared_sockets(by_name: &BTreeMap<StoreName, Declaration>, conflicts: &mut Ve
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use proptest::{prelude::*, strategy::ValueTree as _};
 
     use super::*;
     use crate::fixture;
@@ -383,24 +383,52 @@ mod tests {
         );
     }
 
+    /// What stands for a lower store that is no layered one. Every other number is the store of that number, if there is one.
+    const PLAIN: usize = 8;
+
+    /// The lower stores of up to eight stores: most of them plain, or a store that lies on a plain one, and some anything.
+    fn lowers() -> impl Strategy<Value = Vec<usize>> {
+        prop::collection::vec((0usize..20, 0..=PLAIN), 0..8).prop_map(|drawn| {
+            let plain: Vec<_> = (0..drawn.len()).filter(|&store| drawn[store].0 < 9).collect();
+            let lower = |&(kind, any): &(usize, usize)| match kind {
+                0..9 => PLAIN,
+                9..19 if !plain.is_empty() => plain[any % plain.len()],
+                _ => any,
+            };
+            drawn.iter().map(lower).collect()
+        })
+    }
+
+    fn declarations(lowers: &[usize]) -> Vec<Declaration> {
+        let url = |lower: usize| if lower == PLAIN { "/l".to_owned() } else { format!("layered:s{lower}") };
+        lowers.iter().enumerate().map(|(i, lower)| declare(&format!("s{i}"), &url(*lower))).collect()
+    }
+
+    #[test]
+    fn stacks_that_stand_are_drawn_and_such_that_do_not() {
+        let mut runner = prop::test_runner::TestRunner::deterministic();
+        let (mut stand, mut refused) = (0, 0);
+        for _ in 0..256 {
+            let lowers = lowers().new_tree(&mut runner).expect("drawn").current();
+            match stack(declarations(&lowers), &hook()) {
+                Ok(specs) => stand += usize::from(specs.iter().any(|spec| spec.lower_name().is_some())),
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(stand >= 64 && refused >= 32, "{stand} with a store on a store, {refused} refused");
+    }
+
     proptest! {
         /// Whatever is declared: if each store lies on one that is no layered store, or on one that does, all are resolved, after
         /// those they lie on; else there is a conflict.
         #[test]
-        fn stacks_are_ordered_and_bounded(lowers in prop::collection::vec(0usize..9, 0..8)) {
-            let declarations: Vec<_> = lowers
-                .iter()
-                .enumerate()
-                .map(|(i, lower)| {
-                    let lower = if *lower == 8 { "/l".to_owned() } else { format!("layered:s{lower}") };
-                    declare(&format!("s{i}"), &lower)
-                })
-                .collect();
+        fn stacks_are_ordered_and_bounded(lowers in lowers()) {
+            let declarations = declarations(&lowers);
             let lies_on = |store: usize| lowers.get(lowers[store]).map(|_| lowers[store]);
             // One that is not declared is nobody, too.
             let stands = |store: usize| match (lowers[store], lies_on(store)) {
-                (8, _) => true,
-                (_, Some(lower)) => lowers[lower] == 8,
+                (PLAIN, _) => true,
+                (_, Some(lower)) => lowers[lower] == PLAIN,
                 (_, None) => false,
             };
             let resolved = stack(declarations.clone(), &hook());

@@ -424,6 +424,24 @@ mod tests {
         );
     }
 
+    /// Bytes, words in the places of others, and lines of which something is missing.
+    fn torn() -> impl Strategy<Value = Vec<u8>> {
+        let field = prop_oneof![
+            Just(String::new()),
+            Just("-".to_owned()),
+            "[0-9]{1,25}",
+            "[0-4]:[0-9]{1,3}",
+            points(),
+            Just("/m/nix/store".to_owned()),
+            Just("overlay".to_owned()),
+            "(rw|ro|lowerdir=[/a:]{0,4}|upperdir=|,|=|\\\\[0-7]{0,3}){0,4}",
+            any::<String>(),
+        ];
+        let words = proptest::collection::vec(field, 0..14).prop_map(|fields| fields.join(" ").into_bytes());
+        let cut = (0_usize..200).prop_map(|end| line(30, 22, OURS).into_bytes().into_iter().take(end).collect());
+        prop_oneof![proptest::collection::vec(any::<u8>(), 0..40), words, cut]
+    }
+
     /// Directories of three levels with two names each, and the root directory.
     fn points() -> impl Strategy<Value = String> {
         proptest::collection::vec("[ab]", 0..4).prop_map(|names| format!("/{}", names.join("/")))
@@ -467,8 +485,19 @@ mod tests {
             }
         }
 
+        /// Whatever is in it. What is no line of the table is skipped, and what is a line is found beside it.
         #[test]
-        fn any_text_is_read_to_its_end(ids in proptest::collection::vec((0_u64..4, 0_u64..4, points()), 0..12), path in points()) {
+        fn any_text_is_read_to_its_end(bytes in proptest::collection::vec(torn(), 0..12), path in points()) {
+            let text = bytes.join(&b'\n');
+            let text = String::from_utf8_lossy(&text);
+            let _ = MountTable::parse(&text, |_| true).state(&layers());
+            let table = MountTable::parse(&format!("{text}\n{}", at(u64::MAX, 1, 9, "/", "/only/here")), |_| true);
+            let _ = (table.leads_to(&path), table.location(&path), table.state(&layers()));
+            prop_assert!(table.mounts().any(|(point, mount)| point == "/only/here" && mount.id == u64::MAX));
+        }
+
+        #[test]
+        fn a_table_whose_mounts_hang_on_one_another_anyhow_is_walked_to_its_end(ids in proptest::collection::vec((0_u64..4, 0_u64..4, points()), 0..12), path in points()) {
             let lines: Vec<_> = ids.iter().map(|(id, parent, point)| at(*id, *parent, *id, "/", point)).collect();
             MountTable::parse(&lines.join("\n"), |_| true).leads_to(&path);
         }

@@ -1,7 +1,7 @@
 use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
 
 use super::*;
-use layered_stores_model::{Ephemeral, fixture};
+use layered_stores_model::{Ephemeral, fixture, needs_root};
 use layered_stores_overlay::{identity, layers::LayersError};
 
 fn spec(name: &str) -> Arc<StoreSpec> {
@@ -18,6 +18,7 @@ fn real(dir: &Path) -> Arc<StoreSpec> {
 
 #[test]
 fn what_a_store_had_before_is_known_from_every_record() {
+    needs_root!();
     let dir = tempfile::tempdir().expect("a directory");
     let (state, runtime) = (dir.path().join("state"), dir.path().join("run"));
     let records = Records::new(&state, &runtime);

@@ -11,11 +11,13 @@ fn give(path: &Path, mode: u32, owner: Option<u32>) {
 
 #[test]
 fn preparing_again_changes_nothing_and_the_bare_mount_point_takes_no_writes() {
+    needs_root!();
     let store = Store::new();
     drop(prepare(&store.spec, Known::of(&[])).expect("prepared"));
     drop(prepare(&store.spec, Known::of(&[])).expect("prepared again"));
     let bare = store.spec.layers.merged.as_path();
-    assert!(fs::write(bare.join("x"), "").is_err(), "not even root writes into the bare mount point");
+    let refused = fs::write(bare.join("x"), "").map_err(|error| error.kind());
+    assert_eq!(refused, Err(ErrorKind::PermissionDenied), "not even root writes into the bare mount point");
     release_mount_point(&store.spec.layers.merged).expect("released");
     fs::write(bare.join("x"), "").expect("released, it is a directory like any other");
     assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::MountPointNotEmpty { .. })));
@@ -23,6 +25,7 @@ fn preparing_again_changes_nothing_and_the_bare_mount_point_takes_no_writes() {
 
 #[test]
 fn an_upper_layer_is_used_once() {
+    needs_root!();
     let store = Store::new();
     let _lock = prepare(&store.spec, Known::of(&[])).expect("prepared");
     assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::Locked(_))));
@@ -30,6 +33,7 @@ fn an_upper_layer_is_used_once() {
 
 #[test]
 fn a_path_that_others_could_redirect_is_not_walked() {
+    needs_root!();
     let store = Store::new();
     let state = store.root.path().join("state");
     let elsewhere = store.root.path().join("elsewhere");
@@ -59,6 +63,7 @@ fn not_even_the_owner_of_a_store_may_own_a_directory_above_it() {
 
 #[test]
 fn the_way_to_the_lower_store_is_walked_as_well() {
+    needs_root!();
     let store = Store::new();
     let (lower, away) = (store.root.path().join("lower"), store.root.path().join("away"));
     give(&lower.join("nix/store"), 0o1775, STRANGER);
@@ -156,6 +161,7 @@ fn a_lower_store_that_roots_nix_opens_has_a_state_directory_of_roots() {
 
 #[test]
 fn where_others_can_make_files_nothing_is_made_or_taken() {
+    needs_root!();
     let store = Store::new();
     let state = store.root.path().join("state");
     let stores = state.join("stores");
@@ -183,6 +189,7 @@ fn where_others_can_make_files_nothing_is_made_or_taken() {
 
 #[test]
 fn directories_that_somebody_else_has_made_before_are_not_taken() {
+    needs_root!();
     let store = Store::new();
     let (upper, work) = (store.spec.layers.upper.as_path(), store.spec.layers.work.as_path());
     fs::create_dir_all(upper).expect("made");
@@ -218,6 +225,7 @@ fn directories_that_somebody_else_has_made_before_are_not_taken() {
 
 #[test]
 fn a_lock_that_others_can_take_keeps_no_store_down() {
+    needs_root!();
     let store = Store::new();
     drop(prepare(&store.spec, Known::of(&[])).expect("prepared"));
     let lock = |path: &Path| {
@@ -242,6 +250,7 @@ fn a_lock_that_others_can_take_keeps_no_store_down() {
 
 #[test]
 fn an_upper_layer_is_known_again_and_another_one_is_not_taken() {
+    needs_root!();
     let store = Store::mounted();
     let marks = look_over(&store.spec, Known::of(&[])).expect("ours");
     let id = marks.upper.clone().and_then(|mark| mark.id);
@@ -268,6 +277,7 @@ fn an_upper_layer_is_known_again_and_another_one_is_not_taken() {
 
 #[test]
 fn that_there_is_no_room_in_an_upper_layer_is_found_out_and_nothing_is_left_of_it() {
+    needs_root!();
     let store = Store::mounted();
     let mut layers = store.spec.layers.clone();
     let disk = store.root.path().join("disk");

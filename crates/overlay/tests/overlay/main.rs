@@ -1,4 +1,5 @@
-//! Real overlays on the real kernel, in a mount namespace of their own. These tests need root.
+//! Real overlays on the real kernel, in a mount namespace of their own. Those that need root end at their first line for
+//! everybody else.
 
 mod directories;
 mod pairs;
@@ -18,7 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use layered_stores_model::{Layers, Ownership, StoreSpec, fixture};
+use layered_stores_model::{Layers, Ownership, StoreSpec, fixture, needs_root};
 use layered_stores_overlay::{
     glance, host,
     identity::Known,
@@ -31,7 +32,7 @@ use layered_stores_overlay::{
     progress::Progress,
     refresh::{Changes, Outcome, RefreshError, Report, Rung, reconfigure, refresh},
     room::{self, Room},
-    swap::{OldMount, OldSuperblock, finish},
+    swap::{OldMount, OldSuperblock, SwapError, finish},
 };
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
@@ -56,7 +57,7 @@ impl Store {
 
     /// Mounts it where no one else sees it. nextest runs each test in a process of its own.
     fn mounted() -> Self {
-        host::private_mount_namespace(false).expect("root");
+        host::private_mount_namespace(false).expect("a mount namespace, which is made for root");
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private).expect("a private namespace");
         let store = Self::new();

@@ -86,6 +86,7 @@ pub(super) fn unset(dir: &Path, attribute: &str) {
 
 #[test]
 fn a_database_that_tells_nothing_is_not_taken_over_what_is_in_an_upper_layer() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     store.reroot("fresh");
     store.make_database();
@@ -101,6 +102,7 @@ fn a_database_that_tells_nothing_is_not_taken_over_what_is_in_an_upper_layer() {
 
 #[test]
 fn a_database_of_a_version_that_did_not_tell_is_taken_with_the_record_of_it() {
+    needs_root!();
     let (store, marks) = Store::used();
     unset(store.state_dir(), UPPER_ATTRIBUTE);
     assert!(matches!(store.prepare(), Err(LayersError::Unpaired { .. })), "which database it is, only a record tells");
@@ -115,6 +117,7 @@ fn a_database_of_a_version_that_did_not_tell_is_taken_with_the_record_of_it() {
 
 #[test]
 fn an_overlay_that_was_made_by_hand_can_be_declared_and_a_kill_keeps_it_from_nothing() {
+    needs_root!();
     let store = Store::new();
     for dir in [store.upper_dir(), &store.upper(), store.state_dir()] {
         fs::create_dir_all(dir).expect("made");
@@ -139,6 +142,7 @@ fn an_overlay_that_was_made_by_hand_can_be_declared_and_a_kill_keeps_it_from_not
 
 #[test]
 fn what_is_in_an_upper_layer_needs_its_database_though_all_marks_are_right() {
+    needs_root!();
     let (store, marks) = Store::used();
     store.prepare_known(&marks).expect("whole");
     fs::remove_dir_all(store.state_dir().join("db")).expect("removed");
@@ -156,6 +160,7 @@ fn what_is_in_an_upper_layer_needs_its_database_though_all_marks_are_right() {
 
 #[test]
 fn whatever_is_in_the_place_of_a_database_counts_as_one() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     let (db, file) = (store.state_dir().join("db"), store.state_dir().join("db/db.sqlite"));
     let (upper, told) = (store.spec.layers.upper.clone(), attribute(store.state_dir(), UPPER_ATTRIBUTE));
@@ -187,6 +192,7 @@ fn whatever_is_in_the_place_of_a_database_counts_as_one() {
 
 #[test]
 fn a_new_store_does_not_take_a_directory_with_something_in_it() {
+    needs_root!();
     let store = Store::new();
     fs::create_dir_all(store.upper_dir().join("photos")).expect("made");
     let refused = require(&store.spec, Known::of(&[])).expect_err("somebody's");
@@ -197,6 +203,7 @@ fn a_new_store_does_not_take_a_directory_with_something_in_it() {
 
 #[test]
 fn what_another_store_has_is_not_taken_without_a_record_either() {
+    needs_root!();
     let (store, [marks]) = Store::used();
     let mark = marks.upper.expect("on record");
     let elsewhere = |tail: &str| store.root.path().join(tail).to_str().expect("text").parse().expect("valid");
@@ -214,6 +221,7 @@ fn what_another_store_has_is_not_taken_without_a_record_either() {
 
 #[test]
 fn a_filesystem_that_is_mounted_at_two_places_has_one_store() {
+    needs_root!();
     let store = Store::mounted();
     unmount(&store.spec.layers).expect("unmounted");
     let [state, twice] = ["state", "twice"].map(|tail| store.root.path().join(tail));
@@ -243,6 +251,7 @@ fn copy() -> (Store, [Mark; 2]) {
 
 #[test]
 fn a_copy_gets_marks_of_its_own() {
+    needs_root!();
     let (store, original) = copy();
     let before = attribute(store.state_dir(), ATTRIBUTE);
     let marks = store.prepare_beside(&original).expect("taken");
@@ -259,6 +268,7 @@ fn a_copy_gets_marks_of_its_own() {
 
 #[test]
 fn wherever_a_copy_is_cut_short_on_the_way_to_marks_of_its_own_it_comes_up() {
+    needs_root!();
     let fresh = "f".repeat(32);
     for done in 0..5 {
         let (store, original) = copy();
@@ -303,6 +313,7 @@ fn a_copy_that_was_cut_short_and_given_up_does_not_get_the_database_that_has_gon
 
 #[test]
 fn a_work_dir_with_something_else_in_it_is_not_given_to_the_kernel() {
+    needs_root!();
     let (store, marks) = Store::used();
     let work = store.spec.layers.work.as_path();
     let index = "index/00fb1d0001";
@@ -328,6 +339,7 @@ fn copied(from: &Path, to: &str) -> layered_stores_model::AbsolutePath {
 
 #[test]
 fn a_copy_of_its_own_upper_layer_is_another_one_from_then_on() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     let original = store.spec.layers.upper.clone();
     store.spec.layers.upper = copied(original.as_path(), "big");
@@ -345,6 +357,7 @@ fn a_copy_of_its_own_upper_layer_is_another_one_from_then_on() {
 
 #[test]
 fn a_copy_of_its_own_database_is_not_used_in_turns_with_the_original() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     let before = store.spec.clone();
     store.reroot("copy");
@@ -360,6 +373,7 @@ fn a_copy_of_its_own_database_is_not_used_in_turns_with_the_original() {
 
 #[test]
 fn what_was_moved_is_the_stores_still() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     let before = attribute(store.upper_dir(), ATTRIBUTE);
     let moved = store.upper_dir().with_file_name("moved");
@@ -371,6 +385,7 @@ fn what_was_moved_is_the_stores_still() {
 
 #[test]
 fn where_a_database_cannot_tell_the_record_does() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     unset(store.state_dir(), UPPER_ATTRIBUTE);
     unset(store.state_dir(), ATTRIBUTE);
@@ -391,6 +406,7 @@ fn where_a_database_cannot_tell_the_record_does() {
 
 #[test]
 fn what_is_hidden_is_something_too() {
+    needs_root!();
     let store = Store::new();
     fs::create_dir_all(store.upper_dir().join(".ssh")).expect("made");
     let refused = store.prepare().expect_err("somebody's");

@@ -105,6 +105,7 @@ fn a_file_is_the_upper_layers_or_else_the_lower_ones() {
 
 #[test]
 fn a_whiteout_hides_what_the_lower_store_has_and_other_devices_are_shown() {
+    needs_root!();
     let view = View::new();
     file(&view.lower(""));
     device(&view.upper(""), WHITEOUT);
@@ -121,6 +122,7 @@ fn a_whiteout_hides_what_the_lower_store_has_and_other_devices_are_shown() {
 
 #[test]
 fn in_a_directory_of_both_layers_a_whiteout_hides_a_name_and_other_devices_are_names() {
+    needs_root!();
     let view = View::with_directories();
     file(&view.lower("a"));
     file(&view.upper("b"));
@@ -136,6 +138,7 @@ fn in_a_directory_of_both_layers_a_whiteout_hides_a_name_and_other_devices_are_n
 
 #[test]
 fn an_opaque_directory_hides_the_one_of_the_lower_store() {
+    needs_root!();
     let view = View::with_directories();
     file(&view.lower("a"));
     let mark = |value: &[u8]| {

@@ -4,6 +4,7 @@ use super::*;
 
 #[test]
 fn of_a_directory_that_is_too_large_to_be_compared_the_first_file_tells() {
+    needs_root!();
     let store = Store::mounted();
     store.shadow();
     for layer in [store.merged(), store.lower()] {
@@ -22,6 +23,7 @@ fn of_a_directory_that_is_too_large_to_be_compared_the_first_file_tells() {
 
 #[test]
 fn a_path_that_was_deleted_in_the_upper_layer_shows_the_lower_one_after_a_reconfigure() {
+    needs_root!();
     let store = Store::mounted();
     store.shadow();
     assert_eq!(store.read(), "upper");
@@ -34,6 +36,7 @@ fn a_path_that_was_deleted_in_the_upper_layer_shows_the_lower_one_after_a_reconf
 
 #[test]
 fn a_pinned_file_does_not_keep_a_deleted_path_alive() {
+    needs_root!();
     let store = Store::mounted();
     store.shadow();
     let pinned = fs::File::open(store.merged().join("file")).expect("open");
@@ -52,6 +55,7 @@ fn a_pinned_file_does_not_keep_a_deleted_path_alive() {
 
 #[test]
 fn who_has_a_path_open_for_a_moment_does_not_keep_it_in_view_where_there_is_no_swap() {
+    needs_root!();
     let store = Store::mounted();
     let later = store.merged().with_file_name("11111111111111111111111111111111-later");
     assert!(!later.exists());
@@ -74,6 +78,7 @@ fn who_has_a_path_open_for_a_moment_does_not_keep_it_in_view_where_there_is_no_s
 
 #[test]
 fn what_a_store_above_has_looked_at_is_forgotten_without_a_swap() {
+    needs_root!();
     let store = Store::mounted();
     let at = |tail: &str| {
         let path = store.root.path().join("above").join(tail);
@@ -98,6 +103,7 @@ fn what_a_store_above_has_looked_at_is_forgotten_without_a_swap() {
 
 #[test]
 fn what_the_lower_store_gains_and_loses_is_seen_after_a_refresh() {
+    needs_root!();
     let store = Store::mounted();
     assert!(!store.merged().exists(), "looked up and remembered as missing");
     fs::write(store.lower(), "").expect("written");
@@ -112,6 +118,7 @@ fn what_the_lower_store_gains_and_loses_is_seen_after_a_refresh() {
 
 #[test]
 fn changes_nobody_saw_are_found_by_looking_at_every_path() {
+    needs_root!();
     let store = Store::mounted();
     store.shadow();
     assert_eq!(store.read(), "upper");
@@ -122,6 +129,7 @@ fn changes_nobody_saw_are_found_by_looking_at_every_path() {
 
 #[test]
 fn a_view_that_is_right_is_left_alone() {
+    needs_root!();
     let store = Store::mounted();
     store.shadow();
     let report = store.refresh(&changed(), Rung::Probe).expect("refreshed");
@@ -136,6 +144,7 @@ fn only_overlays_are_reconfigured() {
 
 #[test]
 fn a_glance_sees_what_the_kernel_remembers_wrongly_and_leaves_no_trace() {
+    needs_root!();
     let store = Store::mounted();
     let layers = &store.spec.layers;
     let names = [PATH.into()].into();
@@ -169,6 +178,7 @@ fn a_glance_sees_what_the_kernel_remembers_wrongly_and_leaves_no_trace() {
 
 #[test]
 fn what_was_taken_away_unseen_and_is_in_use_takes_a_swap() {
+    needs_root!();
     let store = Store::mounted();
     let name = "00000000000000000000000000000001-taken-away";
     let at = |dir: &layered_stores_model::AbsolutePath| dir.as_path().join(name);
@@ -190,6 +200,7 @@ fn what_was_taken_away_unseen_and_is_in_use_takes_a_swap() {
 
 #[test]
 fn names_that_are_no_text_are_looked_at() {
+    needs_root!();
     let store = Store::mounted();
     let name = std::ffi::OsStr::from_bytes(b"00000000000000000000000000000000-\xff");
     let at = |dir: &layered_stores_model::AbsolutePath| dir.as_path().join(name);
@@ -215,6 +226,7 @@ fn names_that_are_no_text_are_looked_at() {
 
 #[test]
 fn a_look_at_all_paths_counts_them_and_ends_when_it_is_called_off() {
+    needs_root!();
     let store = Store::mounted();
     let layers = &store.spec.layers;
     // In both layers, in the lower one, in the upper one, and something that is no path.

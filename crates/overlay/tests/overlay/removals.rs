@@ -42,6 +42,7 @@ impl Store {
 
 #[test]
 fn a_store_that_was_up_is_emptied_and_comes_up_empty() {
+    needs_root!();
     let (store, marks) = Store::used();
     let before = attribute(store.spec.layers.upper.as_path(), ATTRIBUTE);
     let (is_left, anew) = store.remove_anew(&marks).expect("removed");
@@ -54,6 +55,7 @@ fn a_store_that_was_up_is_emptied_and_comes_up_empty() {
 
 #[test]
 fn a_database_that_was_never_the_stores_is_not_removed_with_it() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     let upper_id = attribute(store.spec.layers.upper.as_path(), ATTRIBUTE).expect("marked");
     let foreign = store.root.path().join("chroot");
@@ -78,6 +80,7 @@ fn a_database_that_was_never_the_stores_is_not_removed_with_it() {
 
 #[test]
 fn an_upper_layer_is_not_a_stores_for_having_been_tried() {
+    needs_root!();
     let (store, marks) = Store::used();
     unset(store.spec.layers.upper.as_path(), ATTRIBUTE);
     for records in [&marks[..], &[], &[Marks::default()]] {
@@ -87,13 +90,15 @@ fn an_upper_layer_is_not_a_stores_for_having_been_tried() {
     }
     let unmarked = marks.map(|marks| Marks { upper: marks.upper.map(|mark| Mark { id: None, ..mark }), ..marks });
     set(store.spec.state_dir.as_path(), UPPER_ATTRIBUTE, &"e".repeat(32));
-    assert!(store.remove(&unmarked).is_err());
+    let refused = store.remove(&unmarked);
+    assert!(matches!(refused, Err(RemoveError::OtherPair { .. })), "{refused:?}");
     unset(store.spec.state_dir.as_path(), UPPER_ATTRIBUTE);
     store.remove(&unmarked).expect("one that could not be marked");
 }
 
 #[test]
 fn a_removal_that_was_cut_short_is_finished_whatever_the_store_is_called_and_touches_no_other_database() {
+    needs_root!();
     for (older, is_unmarked) in [(false, false), (false, true), (true, true)] {
         let (store, [marks]) = Store::used();
         let id = |mark: Option<Mark>| mark.and_then(|mark| mark.id).expect("marked").to_string();
@@ -122,6 +127,7 @@ fn serde_id(text: &str) -> layered_stores_overlay::identity::Id {
 
 #[test]
 fn what_was_cut_short_before_the_database_was_gone_takes_it_along() {
+    needs_root!();
     let (store, [marks]) = Store::used();
     let id = |mark: Option<Mark>| mark.and_then(|mark| mark.id).expect("marked").to_string();
     fs::write(store.being_removed(), format!("{}\n{}\n", id(marks.upper), id(marks.state))).expect("written");
@@ -144,6 +150,7 @@ fn a_removal_whose_end_could_not_be_recorded_is_finished_whatever_was_made_in_th
 
 #[test]
 fn of_a_work_dir_only_what_the_kernel_made_is_removed() {
+    needs_root!();
     let (store, marks) = Store::used();
     let work = store.spec.layers.work.as_path();
     fs::create_dir_all(work.join("work")).expect("made");
@@ -158,6 +165,7 @@ fn of_a_work_dir_only_what_the_kernel_made_is_removed() {
 
 #[test]
 fn where_the_upper_layer_is_gone_for_good_the_rest_goes_and_nothing_is_made() {
+    needs_root!();
     let (store, marks) = Store::used();
     let upper = store.spec.layers.upper.as_path();
     fs::remove_dir_all(upper).expect("removed");
@@ -175,6 +183,7 @@ fn where_the_upper_layer_is_gone_for_good_the_rest_goes_and_nothing_is_made() {
 
 #[test]
 fn what_a_store_has_on_record_holds_until_it_has_come_up_with_something_else() {
+    needs_root!();
     let (store, [marks]) = Store::used();
     assert_eq!(retained(&store.spec, std::slice::from_ref(&marks)), marks);
     let mut other = store.spec.clone();
@@ -187,6 +196,7 @@ fn what_a_store_has_on_record_holds_until_it_has_come_up_with_something_else() {
 
 #[test]
 fn a_copy_of_a_stores_upper_layer_is_not_removed_for_its_mark() {
+    needs_root!();
     let (mut store, marks) = Store::used();
     let original = store.spec.layers.upper.clone();
     let copy = original.as_path().with_file_name("backup");
@@ -202,6 +212,7 @@ fn a_copy_of_a_stores_upper_layer_is_not_removed_for_its_mark() {
 
 #[test]
 fn one_that_could_not_be_marked_is_not_one_that_has_the_mark_of_another() {
+    needs_root!();
     let (store, marks) = Store::used();
     let unmarked = marks.map(|marks| Marks { upper: marks.upper.map(|mark| Mark { id: None, ..mark }), ..marks });
     set(store.spec.layers.upper.as_path(), ATTRIBUTE, &"e".repeat(32));
@@ -212,6 +223,7 @@ fn one_that_could_not_be_marked_is_not_one_that_has_the_mark_of_another() {
 
 #[test]
 fn a_removal_that_fails_on_the_way_can_be_finished_whatever_is_made_meanwhile() {
+    needs_root!();
     let (store, marks) = Store::used();
     let kernels = store.spec.layers.work.as_path().join("work");
     fs::create_dir_all(&kernels).expect("made");
