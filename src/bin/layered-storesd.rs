@@ -193,7 +193,7 @@ async fn serve(settings: Settings) -> Result<()> {
     let publish = publisher.run(events, |milestone| match milestone {
         // More than a courtesy: PID 1 of systemd 257 sometimes falls asleep over a burst of calls, with calls read and not
         // carried out, until anything else wakes it.
-        Milestone::Progress(summary) => notify(&[NotifyState::Status(summary)]),
+        Milestone::Summary(summary) => notify(&[NotifyState::Status(summary)]),
         Milestone::Named => serve_hook(handle.clone()),
         Milestone::Settled(summary) => {
             tracing::info!("{summary}");

@@ -32,8 +32,8 @@ const BATCH: usize = 256;
 /// How far publishing has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Milestone<'a> {
-    /// Stores are on their way; so much of it.
-    Progress(&'a str),
+    /// How all stores are has changed: how they are.
+    Summary(&'a str),
     /// Clients can find the daemon, and all that is there.
     Named,
     /// Everything is where it should be, or was given up on: how it is.
@@ -93,7 +93,7 @@ impl Publisher {
             let mut settled = None;
             for event in batch.drain(..) {
                 match &event {
-                    Event::Progress { summary } => reached(Milestone::Progress(summary)),
+                    Event::Summary { summary } => reached(Milestone::Summary(summary)),
                     Event::Settled { summary } => settled = Some(summary.clone()),
                     _ => {}
                 }
@@ -139,7 +139,7 @@ impl Publisher {
                 self.connection.object_server().remove::<Store, _>(store_path(&name)).await?;
             }
             Event::Job(news) => self.publish_job(news).await?,
-            Event::Progress { .. } | Event::Settled { .. } => {}
+            Event::Summary { .. } | Event::Settled { .. } => {}
         }
         Ok(())
     }

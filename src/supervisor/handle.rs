@@ -70,9 +70,9 @@ pub enum Event {
     Removed(StoreName),
     /// There is news of a job.
     Job(JobNews),
-    /// A start or a reload is under way.
-    Progress {
-        /// How many stores are active so far.
+    /// How all stores are has changed.
+    Summary {
+        /// One line for people.
         summary: String,
     },
     /// All stores are where they should be or were given up on, for the first time since the start or a reload.

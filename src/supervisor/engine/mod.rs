@@ -81,6 +81,8 @@ pub struct Engine {
     reloading: Askers<()>,
     reload_applied: Vec<Reply>,
     settling: bool,
+    /// What was told last of how all stores are.
+    told: String,
     /// The records of earlier runs, while they are being read.
     recalling: JoinSet<Result<Known, RecordError>>,
     /// Stores that may be mounted, of which nothing else is known.
@@ -149,6 +151,7 @@ impl Engine {
             reloading: Askers::default(),
             reload_applied: Vec::new(),
             settling: true,
+            told: String::new(),
             recalling,
             unreadable: known.unreadable,
         };
@@ -193,7 +196,7 @@ impl Engine {
                 () = &mut stop => break,
                 _ = tick.tick() => alive(),
                 _ = progress.tick(), if self.settling && !self.operations.is_empty() => {
-                    let _ = self.events.send(Event::Progress { summary: self.summary() });
+                    self.tell_summary();
                 }
                 command = self.commands.recv() => match command {
                     Some(command) => self.command(command),
@@ -348,7 +351,7 @@ impl Engine {
     /// Stores that are not required do not delay it.
     fn check_settled(&mut self) {
         if !self.settling {
-            return;
+            return self.tell_summary();
         }
         settle::arrive(&mut self.entries);
         if !settle::have_arrived(&self.entries, !self.reload_applied.is_empty()) {
@@ -356,7 +359,17 @@ impl Engine {
         }
         self.settling = false;
         answer(std::mem::take(&mut self.reload_applied), &Ok(()));
-        let _ = self.events.send(Event::Settled { summary: self.summary() });
+        self.told = self.summary();
+        let _ = self.events.send(Event::Settled { summary: self.told.clone() });
+    }
+
+    /// Tells how all stores are, if that is something else than was told last.
+    fn tell_summary(&mut self) {
+        let summary = self.summary();
+        if summary != self.told {
+            self.told.clone_from(&summary);
+            let _ = self.events.send(Event::Summary { summary });
+        }
     }
 
     fn summary(&self) -> String {

@@ -10,7 +10,7 @@ use super::{
         CannotChange, Change, Fail, GoOn, Hang, HangConfiguration, HangRecords, Kill, MountByHand, MountForeign,
         Reload, Remount, RemoveData, Restart, SocketFails, Start, Stop, Unmount, Use, Wait,
     },
-    Play, Problem, State, has, name, play, run, tell_nobody,
+    News, Play, Problem, State, has, name, play, run, tell_nobody,
 };
 use crate::supervisor::Asker;
 
@@ -281,4 +281,31 @@ fn a_store_that_is_taken_over_while_the_one_underneath_comes_up_anew_goes_over_t
         let violations = play(seed, true, &[served; 3], events.clone());
         assert!(violations.is_empty(), "{}", violations.join("\n"));
     }
+}
+
+#[test]
+fn how_all_stores_are_is_told_whenever_it_changes() {
+    run(async {
+        let (told, mut is_told) = tokio::sync::mpsc::unbounded_channel();
+        let tell = move |_, mut news: tokio::sync::mpsc::UnboundedReceiver<News>| {
+            let told = told.clone();
+            tokio::spawn(async move {
+                while let Some(news) = news.recv().await {
+                    if let News::Summary { summary } | News::Settled { summary } = news {
+                        let _ = told.send(summary);
+                    }
+                }
+            });
+        };
+        let mut play = Play::begin(0, true, &[AUTO, AUTO, NO], Box::new(tell)).await;
+        let mut last = async |play: &mut Play, event| {
+            go_on(play, vec![event, milliseconds(5000)]).await;
+            std::iter::from_fn(|| is_told.try_recv().ok()).last()
+        };
+        let is = |text: &str| Some(text.to_owned());
+        assert_eq!(last(&mut play, milliseconds(0)).await, is("2 of 2 stores active"));
+        assert_eq!(last(&mut play, Stop(0)).await, is("1 of 2 stores active; not started: 1"));
+        assert_eq!(last(&mut play, Remount(1, Asker::Root)).await, None, "nothing else has changed");
+        assert_eq!(last(&mut play, Start(0)).await, is("2 of 2 stores active"));
+    });
 }
