@@ -24,6 +24,9 @@ impl Arguments {
     }
 }
 
+/// The code that a command ends with when there are problems with what was looked at.
+pub(super) const PROBLEMS: u8 = 3;
+
 /// What the codes mean that commands end with.
 pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify) or

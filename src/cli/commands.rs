@@ -11,7 +11,7 @@ use layered_stores_model::{
 use serde_json::json;
 
 use super::{
-    args::{Arguments, Command, Internal},
+    args::{Arguments, Command, Internal, PROBLEMS},
     enter::enter,
     generate,
     output::{complain, print, print_json, wrapped},
@@ -27,9 +27,6 @@ use crate::supervisor::user_of;
 
 /// The problem of a store that is not up as it is declared now.
 const NOT_APPLIED: &str = "not-applied";
-
-/// There are problems with what was looked at.
-const PROBLEMS: u8 = 3;
 
 /// Something was not done.
 const FAILURE: u8 = 1;

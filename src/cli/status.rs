@@ -12,13 +12,11 @@ use layered_stores_model::StoreName;
 use serde::Serialize;
 
 use super::{
+    args::PROBLEMS,
     output::print,
     render,
     usage::{self, Usage},
 };
-
-/// There are problems with what was looked at.
-const PROBLEMS: u8 = 3;
 
 /// How often `--watch` looks.
 const WATCH_PAUSE: Duration = Duration::from_secs(2);

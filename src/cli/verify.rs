@@ -8,13 +8,11 @@ use layered_stores_model::{StoreName, printable};
 use serde_json::json;
 
 use super::{
+    args::PROBLEMS,
     follow::{follow, is_watched},
     output::{complain, print, print_json},
     render,
 };
-
-/// There are problems with what was looked at.
-const PROBLEMS: u8 = 3;
 
 /// It was cancelled by Ctrl-C: 128 and the number of the signal, as shells have it.
 const INTERRUPTED: u8 = 130;

@@ -194,14 +194,18 @@ impl Entry {
         self.retries.forget_repairs();
     }
 
-    /// What is to be kept for the next daemon of what somebody has asked for, if that is not what is kept.
-    pub(super) fn asked_anew(&mut self) -> Option<Option<bool>> {
-        let asked = match (self.want, self.declared_spec().autostart) {
+    /// Whether it is to be kept for the next daemon that somebody has asked for it to be up, or down; `None`: it is as declared.
+    pub(super) fn asked(&self) -> Option<bool> {
+        match (self.want, self.declared_spec().autostart) {
             (Want::Up, false) => Some(true),
             (Want::Down, true) => Some(false),
             _ => None,
-        };
-        (std::mem::replace(&mut self.kept_asked, asked) != asked).then_some(asked)
+        }
+    }
+
+    /// Notes what is kept of that. Whether it was something else.
+    pub(super) fn keeps_asked(&mut self, asked: Option<bool>) -> bool {
+        std::mem::replace(&mut self.kept_asked, asked) != asked
     }
 
     /// Has it be as somebody has asked an earlier daemon.

@@ -225,7 +225,10 @@ fn probe(view: &View, name: &OsStr) -> Result<Option<Symptom>, Errno> {
     let mut budget = MAX_DIRECTORIES;
     let (upper, lower) = (dir(Spot::Upper, &view.upper)?, dir(Spot::Lower, &view.lower)?);
     let found = compare_trees(upper, lower, dir(Spot::Merged, &view.merged)?, &mut budget)?;
-    Ok(found.and_then(|found| found))
+    Ok(match found {
+        Found::Symptom(symptom) => Some(symptom),
+        Found::AsExpected | Found::Nothing => None,
+    })
 }
 
 /// Compares one entry: is it there, is it of the same type, and for a file, is it the layer's.
@@ -248,16 +251,31 @@ fn compare(upper: Option<&Stat>, lower: Option<&Stat>, merged: Option<&Stat>) ->
     }
 }
 
-/// Walks down to the first file. `None`: no file was found, so go on with the next directory.
+/// What a walk down a tree has found.
+enum Found {
+    Symptom(Symptom),
+    /// The first file is as it should be, or enough was looked at.
+    AsExpected,
+    /// No file, so the next directory may have one.
+    Nothing,
+}
+
+impl From<Option<Symptom>> for Found {
+    fn from(symptom: Option<Symptom>) -> Self {
+        symptom.map_or(Self::AsExpected, Self::Symptom)
+    }
+}
+
+/// Walks down to the first file.
 fn compare_trees(
     upper: Option<OwnedFd>,
     lower: Option<OwnedFd>,
     merged: Option<OwnedFd>,
     budget: &mut usize,
-) -> Result<Option<Option<Symptom>>, Errno> {
-    let Some(merged) = merged else { return Ok(Some(Some(Symptom::Missing))) };
+) -> Result<Found, Errno> {
+    let Some(merged) = merged else { return Ok(Found::Symptom(Symptom::Missing)) };
     if *budget == 0 {
-        return Ok(Some(None));
+        return Ok(Found::AsExpected);
     }
     *budget -= 1;
     progress::at(Spot::Merged);
@@ -275,7 +293,7 @@ fn compare_trees(
         // A path that is being written has other names with every look. Only where the layers have the same ones before and
         // after, the merged directory should have had them in between.
         let at_rest = expected == names_to_show(upper.as_ref(), lower.as_ref())?;
-        return Ok(Some(at_rest.then_some(Symptom::OtherNames)));
+        return Ok(at_rest.then_some(Symptom::OtherNames).into());
     }
 
     let below = |dir: &Option<OwnedFd>, name: &OsStr| dir.as_ref().map_or(Ok(None), |dir| lookup(dir.as_fd(), name));
@@ -285,18 +303,19 @@ fn compare_trees(
         if merged.is_some_and(|stat| is(&stat, FileType::Directory)) {
             directories.push(name);
         } else {
-            return Ok(Some(compare(below(&upper, &name)?.as_ref(), below(&lower, &name)?.as_ref(), merged.as_ref())));
+            let layers = (below(&upper, &name)?, below(&lower, &name)?);
+            return Ok(compare(layers.0.as_ref(), layers.1.as_ref(), merged.as_ref()).into());
         }
     }
     let into = |dir: &Option<OwnedFd>, name: &OsStr| dir.as_ref().map_or(Ok(None), |dir| open_dir(dir.as_fd(), name));
     for name in directories {
         let found =
             compare_trees(into(&upper, &name)?, into(&lower, &name)?, open_dir(merged.as_fd(), &name)?, budget)?;
-        if found.is_some() {
+        if !matches!(found, Found::Nothing) {
             return Ok(found);
         }
     }
-    Ok(None)
+    Ok(Found::Nothing)
 }
 
 /// What a directory lists.

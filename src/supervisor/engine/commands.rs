@@ -6,7 +6,7 @@ use std::{
 };
 
 use layered_stores_model::{
-    Layers, StoreName, StoreSpec,
+    Layers, Source, StoreName, StoreSpec,
     config::{self, Config},
 };
 use layered_stores_overlay::mountinfo::MountState;
@@ -141,7 +141,7 @@ impl Engine {
                     "configuration reloaded: {} declared",
                     number(config.stores.len(), "store")
                 );
-                self.apply(config);
+                self.apply(Source::Configuration, config.stores);
                 self.reload_applied.append(&mut self.reloading.end());
                 self.entries.values_mut().for_each(|entry| entry.reached = false);
                 self.settling = true;
@@ -159,17 +159,17 @@ impl Engine {
         answer(self.reloading.end(), &Err(error));
     }
 
-    /// Turns a configuration into what is wanted of each store.
-    pub(super) fn apply(&mut self, config: Config) {
-        for entry in self.entries.values_mut() {
-            if !config.stores.iter().any(|spec| spec.name == entry.spec.name) && entry.declared {
+    /// Turns what a source declares now into what is wanted of each store. Those of other sources stay as they are.
+    pub(super) fn apply(&mut self, source: Source, specs: Vec<StoreSpec>) {
+        for entry in self.entries.values_mut().filter(|entry| entry.spec.source == source) {
+            if !specs.iter().any(|spec| spec.name == entry.spec.name) && entry.declared {
                 tracing::info!(store = %entry.spec.name, "{}: no longer declared", entry.spec.name);
                 entry.declared = false;
                 entry.withdraw();
                 entry.want(Want::Gone);
             }
         }
-        for spec in config.stores {
+        for spec in specs {
             let Some(entry) = self.entries.get_mut(&spec.name) else {
                 self.add(Arc::new(spec), true);
                 continue;

@@ -22,7 +22,7 @@ use std::{
 
 use done::Done;
 use layered_stores_model::{
-    AbsolutePath, StoreName,
+    AbsolutePath, Source, StoreName,
     config::{Config, ConfigError},
 };
 use layered_stores_overlay::refresh::Changes;
@@ -162,7 +162,7 @@ impl Engine {
         for spec in known.stores {
             engine.add(spec, false);
         }
-        engine.apply(config);
+        engine.apply(Source::Configuration, config.stores);
         engine.were_asked();
         for (name, old) in engine.machine.swapped_out() {
             let spec = engine.entries.get(&name).map(|entry| Arc::clone(&entry.spec));

@@ -67,7 +67,8 @@ impl Engine {
             }
         }
         for (name, entry) in &mut self.entries {
-            if let Some(asked) = entry.asked_anew() {
+            let asked = entry.asked();
+            if entry.keeps_asked(asked) {
                 self.machine.keep_asked(name, asked);
             }
         }

@@ -195,19 +195,21 @@ fn what_is_wanted_sends_those_away_who_wait_for_something_else_and_is_worth_anot
 fn what_was_asked_for_is_kept_where_it_is_not_what_the_configuration_says_and_only_once() {
     for (autostart, other, same) in [(true, Want::Down, Want::Up), (false, Want::Up, Want::Down)] {
         let mut entry = entry(&format!("{BELOW}autostart = {autostart}"));
-        assert_eq!((entry.want, entry.asked_anew()), (same, None));
+        assert_eq!((entry.want, entry.asked()), (same, None));
+        assert!(!entry.keeps_asked(None));
         entry.want(other);
-        assert_eq!(entry.asked_anew(), Some(Some(!autostart)));
-        assert_eq!(entry.asked_anew(), None);
+        assert_eq!(entry.asked(), Some(!autostart));
+        assert!(entry.keeps_asked(Some(!autostart)) && !entry.keeps_asked(Some(!autostart)));
         entry.want(same);
-        assert_eq!(entry.asked_anew(), Some(None));
+        assert_eq!(entry.asked(), None);
+        assert!(entry.keeps_asked(None));
 
         entry.retries.later(Instant::now());
         entry.was_asked(autostart);
         assert!(!entry.retries.is_allowed(), "it is wanted so");
         entry.was_asked(!autostart);
         assert!(entry.want == other && entry.retries.is_allowed());
-        assert_eq!(entry.asked_anew(), None, "it is kept");
+        assert!(!entry.keeps_asked(entry.asked()), "it is kept");
         entry.want(Want::Gone);
         entry.declared = false;
         entry.was_asked(!autostart);
