@@ -154,20 +154,17 @@ pub(super) async fn start(tools: Tools, errand: Errand, lock: Option<Guard>) -> 
     errand.run(down).await
 }
 
-/// Looks whether a store could come up with other directories than it has: whether these are there, and its own.
+/// Looks whether a store could come up otherwise than it is.
 pub(super) async fn look_ahead(tools: Tools, errand: Errand) -> Result<(), OperationError> {
     let spec = Arc::clone(&errand.spec);
     let look = move || {
         let records = tools.records.marks(&spec)?;
         let others = |id: &Id| tools.records.with_mark(Some(&spec.name), id);
-        match among_what_is_there(&spec, Known { own: &records, others: &others }, identity::require) {
+        match among_what_is_there(&spec, Known { own: &records, others: &others }, layers::look_ahead) {
             // That one may be about to give them away.
-            Ok(_) | Err(LayersError::OfOther { .. }) => {}
-            Err(error) => return Err(error.into()),
+            Ok(_) | Err(LayersError::OfOther { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
         }
-        // That of a layered store is there when that is up.
-        let is_layered = spec.lower_name().is_some();
-        if is_layered { Ok(()) } else { Ok(layers::require_lower(&spec.layers)?) }
     };
     errand.run(look).await
 }

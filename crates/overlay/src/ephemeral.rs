@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use layered_stores_model::{AbsolutePath, Ephemeral};
 use rustix::{
     fs::Dir,
+    io::Errno,
     mount::{MountAttrFlags, MoveMountFlags},
 };
 
@@ -35,13 +36,7 @@ pub(super) fn ensure(ephemeral: &Ephemeral) -> Result<(), LayersError> {
         return context.set("size", size.as_str()).and_then(|()| context.reconfigure()).map_err(kernel);
     }
     let point = bare_directory(directory)?;
-    for entry in readable(point.as_fd()).and_then(Dir::read_from).map_err(sys("list"))? {
-        let entry = entry.map_err(sys("list"))?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            let example = entry.file_name().to_string_lossy().into_owned();
-            return Err(LayersError::NotEphemeralYet { directory: directory.clone(), example });
-        }
-    }
+    refuse_contents(&point, directory)?;
     let context = FsContext::open("tmpfs").map_err(kernel)?;
     for (key, value) in [("source", SOURCE), ("size", size.as_str()), ("mode", "0755")] {
         context.set(key, value).map_err(kernel)?;
@@ -49,6 +44,34 @@ pub(super) fn ensure(ephemeral: &Ephemeral) -> Result<(), LayersError> {
     let mount = context.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV).map_err(kernel)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     rustix::mount::move_mount(mount.as_fd(), "", point.as_fd(), "", flags).map_err(sys("mount a filesystem at"))
+}
+
+/// Refuses a directory on which no filesystem is mounted that would hide what is in it.
+///
+/// # Errors
+/// [`LayersError`].
+pub(super) fn look_ahead(ephemeral: &Ephemeral) -> Result<(), LayersError> {
+    let directory = &ephemeral.directory;
+    if is_ours(&read_table(directory)?, directory) {
+        return Ok(());
+    }
+    match Walk::new(KEY).to_unmounted(directory) {
+        Ok(point) => refuse_contents(&point, directory),
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn refuse_contents(point: &OwnedFd, directory: &AbsolutePath) -> Result<(), LayersError> {
+    let sys = |errno| LayersError::sys(KEY, "list", directory.as_str(), errno);
+    for entry in readable(point.as_fd()).and_then(Dir::read_from).map_err(sys)? {
+        let entry = entry.map_err(sys)?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            let example = entry.file_name().to_string_lossy().into_owned();
+            return Err(LayersError::NotEphemeralYet { directory: directory.clone(), example });
+        }
+    }
+    Ok(())
 }
 
 /// Whether `directory` lies on a filesystem that was made for an ephemeral store: the store was one until its declaration

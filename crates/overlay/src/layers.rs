@@ -42,25 +42,10 @@ use super::{
 /// [`LayersError`]; directories made so far stay.
 pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks), LayersError> {
     let owner = resolve_owner(spec)?;
-    if owner.uid.is_root() {
-        refuse_writers(spec, owner.gid, owner.mode)?;
-    }
-    open_lower(&spec.layers.lower).map_err(|error| match (error, &spec.lower_store) {
-        (LayersError::LowerMissing(dir), LowerStore::Nix { url, .. }) if dir.as_str() == NIX_STORE_DIR => {
-            LayersError::NixUnused { dir, url: url.clone() }
-        }
-        (error, _) => error,
-    })?;
-    if owner.uid.is_root() {
-        refuse_lower_of_others(spec)?;
-    }
+    require_lower(spec, owner)?;
     match &spec.ephemeral {
         Some(wanted) => ephemeral::ensure(wanted)?,
-        None => {
-            if let Some(directory) = ephemeral::left_over(&spec.layers.upper)? {
-                return Err(LayersError::StillEphemeral { upper: spec.layers.upper.clone(), directory });
-            }
-        }
+        None => refuse_left_over(spec)?,
     }
     let (upper, state) = identity::expected(spec, known);
     let directories = make_upper(spec, owner, &upper)?;
@@ -74,6 +59,55 @@ pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks),
     identity::check_pair(spec, Some(upper_dir), Some(state_dir), &state)?;
     let pair = Pair { upper: &upper, upper_dir, through: upper_dir, state: &state, state_dir };
     Ok((lock, pair.settle()?))
+}
+
+/// Looks whether a store could most likely come up, while something else is mounted for it. Nothing is made, and what is not there
+/// yet may be refused only when it is.
+///
+/// # Errors
+/// [`LayersError`], as of [`prepare`].
+pub fn look_ahead(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError> {
+    let owner = resolve_owner(spec)?;
+    // That of a layered store is there when that is up.
+    let is_layered = spec.lower_name().is_some();
+    if !is_layered {
+        require_lower(spec, owner)?;
+    }
+    match &spec.ephemeral {
+        Some(wanted) => ephemeral::look_ahead(wanted)?,
+        None => refuse_left_over(spec)?,
+    }
+    identity::require(spec, known)?;
+    match Directories::open(&spec.layers) {
+        Ok(directories) => {
+            check_upper(&directories, spec, owner)?;
+            refuse_strange_work(directories.work.as_fd(), &spec.layers.work)
+        }
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => Ok(()),
+        Err(LayersError::LowerMissing(_)) if is_layered => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn require_lower(spec: &StoreSpec, owner: Owner) -> Result<(), LayersError> {
+    if owner.uid.is_root() {
+        refuse_writers(spec, owner.gid, owner.mode)?;
+    }
+    open_lower(&spec.layers.lower).map_err(|error| match (error, &spec.lower_store) {
+        (LayersError::LowerMissing(dir), LowerStore::Nix { url, .. }) if dir.as_str() == NIX_STORE_DIR => {
+            LayersError::NixUnused { dir, url: url.clone() }
+        }
+        (error, _) => error,
+    })?;
+    if owner.uid.is_root() { refuse_lower_of_others(spec) } else { Ok(()) }
+}
+
+fn refuse_left_over(spec: &StoreSpec) -> Result<(), LayersError> {
+    let upper = &spec.layers.upper;
+    match ephemeral::left_over(upper)? {
+        Some(directory) => Err(LayersError::StillEphemeral { upper: upper.clone(), directory }),
+        None => Ok(()),
+    }
 }
 
 /// Checks the way to all directories of a store whose mount is in place already, and that it is made of them. Returns by what they
@@ -217,15 +251,6 @@ fn open_lower(lower: &AbsolutePath) -> Result<OwnedFd, LayersError> {
         LayersError::Sys { errno: Errno::NOENT, .. } => LayersError::LowerMissing(lower.clone()),
         error => error,
     })
-}
-
-/// Refuses a lower store that is not there.
-///
-/// # Errors
-/// [`LayersError`].
-pub fn require_lower(layers: &Layers) -> Result<(), LayersError> {
-    progress::at(Spot::Lower);
-    open_lower(&layers.lower).map(drop)
 }
 
 /// Makes and checks upper layer and work dir.

@@ -381,7 +381,7 @@ pub enum LayersError {
     /// The directory of an ephemeral store's filesystem holds files that the mount would hide.
     #[error(
         "ephemeral-size: {directory} is not empty (it holds {example:?}), most likely from when the store was not ephemeral; \
-         move it away, or take ephemeral-size away"
+         stop the store and move it away, or take ephemeral-size away"
     )]
     NotEphemeralYet {
         /// The directory.
@@ -392,7 +392,7 @@ pub enum LayersError {
     /// A store that is ephemeral no more would go on in memory.
     #[error(
         "upper-layer: {upper} is in memory still, from when the store was ephemeral; copy what is needed out of {directory}, \
-         then run `umount {directory}`"
+         stop the store, then run `umount {directory}`"
     )]
     StillEphemeral {
         /// The upper layer.

@@ -32,6 +32,36 @@ fn an_upper_layer_is_used_once() {
 }
 
 #[test]
+fn what_a_start_would_refuse_is_found_ahead_and_nothing_is_made_for_it() {
+    needs_root!();
+    let look = |spec: &StoreSpec| layers::look_ahead(spec, Known::of(&[]));
+    let store = Store::new();
+    look(&store.spec).expect("all is still to be made");
+    assert!(!store.root.path().join("state").exists());
+    drop(prepare(&store.spec, Known::of(&[])).expect("prepared"));
+    look(&store.spec).expect("as it is");
+
+    let upper = store.spec.layers.upper.as_path();
+    give(upper, 0o755, STRANGER);
+    assert!(matches!(look(&store.spec), Err(LayersError::OtherOwner { .. })));
+    give(upper, 0o755, Some(0));
+    fs::write(store.spec.layers.work.as_path().join("mine"), "").expect("written");
+    assert!(matches!(look(&store.spec), Err(LayersError::WorkNotEmpty { .. })));
+    fs::remove_file(store.spec.layers.work.as_path().join("mine")).expect("removed");
+
+    let text = format!("[stores.t]\nlower-store = {:?}\nephemeral-size = \"1M\"\n", store.root.path().join("lower"));
+    let state = store.root.path().join("state");
+    let ephemeral = fixture::declared(state.to_str().expect("text"), &text).remove(0);
+    assert!(matches!(look(&ephemeral), Err(LayersError::NotEphemeralYet { .. })));
+    let elsewhere = store.root.path().join("elsewhere");
+    look(&fixture::declared(elsewhere.to_str().expect("text"), &text).remove(0)).expect("there is nothing yet");
+    assert!(!elsewhere.exists());
+
+    fs::remove_dir_all(store.spec.layers.lower.as_path()).expect("removed");
+    assert!(matches!(look(&store.spec), Err(LayersError::LowerMissing(_))));
+}
+
+#[test]
 fn a_path_that_others_could_redirect_is_not_walked() {
     needs_root!();
     let store = Store::new();
@@ -85,6 +115,7 @@ fn the_way_to_the_lower_store_is_walked_as_well() {
 
 #[test]
 fn an_upper_layer_of_roots_is_not_for_others_to_write_to() {
+    needs_root!();
     let mut store = Store::new();
     let plain = store.spec.clone();
     let declare = |owner: Option<&str>, mode| {
@@ -122,6 +153,7 @@ fn an_upper_layer_of_roots_is_not_for_others_to_write_to() {
 
 #[test]
 fn a_lower_store_that_roots_nix_opens_has_a_state_directory_of_roots() {
+    needs_root!();
     let mut store = Store::new();
     let plain = store.spec.clone();
     let lower = store.root.path().join("lower");
