@@ -191,13 +191,6 @@ with subtest("Names, accounts, modes and types are checked"):
         t.assertEqual(check(text), [(1, 9, f'store "{plain}": {sentence}')])
     octal = "a mode is three or four octal digits that leave the owner all rights, such as"
     refused('mode = "0777"', "everybody could write into the store; take the last digit's 2 away")
-    refused(
-        'mode = "1775"',
-        'the members of group "builders" could put links into a store of root\'s, which '
-        "root's Nix would follow; leave mode away, or take the group's 2 away, as in \"0755\", or "
-        "give the store an owner",
-        before='lower-store = "/l"\ngroup = "builders"',
-    )
     for mode in ("rwx", "0055", "0o755", "17755"):
         refused(f'mode = "{mode}"', f'{octal} "1775"')
     for account in ("", "a b", "-x"):

@@ -140,8 +140,9 @@ CASES = {
         "chmod go-w /srv/upper-for-others/upper",
     ),
     "lower-for-others": Case(
-        r"lower-store: root's Nix opens it, .*; /srv/lower-for-others/nix/var/nix can be changed "
-        r"by others than root \(now uid \d+, mode 0755\): give /srv/lower-for-others/nix/var/nix",
+        r"lower-store: root's Nix works in /srv/lower-for-others/nix/var/nix, .*; "
+        r"/srv/lower-for-others/nix/var/nix can be changed by others than root \(now uid \d+, mode "
+        r"0755\): give it to root alone",
         "mkdir -p /srv/lower-for-others/nix/{store,var/nix}; "
         "chown bob /srv/lower-for-others/nix/var/nix",
         "chown root /srv/lower-for-others/nix/var/nix",

@@ -12,7 +12,7 @@ use std::{
 
 use layered_stores_model::{NixDaemon, StoreName, StoreSpec};
 use layered_stores_overlay::{
-    owner::owner,
+    owner::{OwnerError, owner},
     progress::{self, Spot},
 };
 
@@ -41,6 +41,10 @@ pub(super) async fn serve(tools: Tools, errand: Errand) -> Result<(), OperationE
     if let Err(OperationError::Owner(_) | OperationError::Socket(SocketError::OtherUser { .. })) = &served {
         // A daemon that does not run as whom it should is worse than none.
         tools.units.stop_socket(&errand.spec.name).await?;
+    }
+    if let Err(OperationError::Owner(OwnerError::Others(_))) = &served {
+        // And so is one of root's that goes where others lead it.
+        tools.units.kill_nix_daemon(&errand.spec.name).await;
     }
     served
 }

@@ -254,12 +254,6 @@ mod tests {
                 "3:8: store \"ci\": mode = \"0777\": everybody could write into the store; take the last digit's 2 away",
             ),
             (
-                "[stores.ci]\nlower-store = \"/l\"\nowner = \"root\"\ngroup = \"builders\"\nmode = \"1775\"\n",
-                "5:8: store \"ci\": mode = \"1775\": the members of group \"builders\" could put links into a store of root's, \
-                 which root's Nix would follow; leave mode away, or take the group's 2 away, as in \"0755\", or give the \
-                 store an owner",
-            ),
-            (
                 "[stores.ci]\nlower-store = \"/l\"\nrequired = \"yes\"\n",
                 "3:12: store \"ci\": required: true or false is expected here, not a string",
             ),
@@ -274,21 +268,6 @@ mod tests {
             ),
         ] {
             assert_eq!(mistakes(text), [expected], "{text}");
-        }
-    }
-
-    #[test]
-    fn build_users_may_write_into_a_store_of_roots_and_anybody_into_their_own() {
-        for keys in [
-            "mode = \"1775\"",
-            "group = \"nixbld\"\nmode = \"1775\"",
-            "group = \"30000\"\nmode = \"1775\"",
-            "group = \"builders\"",
-            "group = \"builders\"\nmode = \"1755\"",
-            "group = \"builders\"\nmode = \"1775\"\nowner = \"alice\"",
-        ] {
-            let text = format!("[stores.ci]\nlower-store = \"/l\"\n{keys}\n");
-            assert!(parse(&text, &defaults(), Keys::Alone).is_ok(), "{keys}");
         }
     }
 

@@ -22,7 +22,7 @@ use rustix::{
 
 use self::{
     accounts::{resolve_owner, resolve_user},
-    others::{refuse_lower_of_others, refuse_writers},
+    others::{refuse_lower_of_others, refuse_state_of_others, refuse_writers},
 };
 use super::{
     ephemeral,
@@ -52,6 +52,9 @@ pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks),
     let lock = UpperLock::take(&spec.layers.upper)?;
     mark::refuse_half_removed(spec)?;
     let state_dir = prepare_root(spec, owner, &state)?;
+    if owner.uid.is_root() {
+        refuse_state_of_others(spec)?;
+    }
     // What is mounted may have changed since nothing was there to compare.
     let (upper_dir, state_dir) = (directories.upper.as_fd(), state_dir.as_fd());
     upper.check(upper_dir)?;

@@ -19,7 +19,6 @@ let
     atBuild
     ci
     everybody
-    forGroup
     modeForm
     noDirectory
     optionOf
@@ -67,10 +66,6 @@ import ./paths.nix { inherit lib words; }
     "${optionOf "ci" "group"}: there is no group \"ci\" in this configuration; declare it in users.groups, or name another"
   ];
   "mode, for everybody" = atBuild (ci { mode = "0777"; }) [ (value "mode" "0777" everybody) ];
-  "mode, for a group" = atBuild (ci {
-    group = "users";
-    mode = "1775";
-  }) [ (value "mode" "1775" (forGroup "users")) ];
   "mode, letters" = typed "mode" { mode = "rwx"; };
   "mode, nothing for the owner" = atBuild (ci { mode = "0055"; }) [ (value "mode" "0055" modeForm) ];
   "mode, a prefix" = typed "mode" { mode = "0o755"; };

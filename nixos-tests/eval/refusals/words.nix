@@ -69,9 +69,5 @@ rec {
     "a \"${scheme}\" store has no directory on this machine; an overlay needs one: use a root "
     + "directory, \"daemon\", \"local\" or \"layered:NAME\"";
   modeForm = "a mode is three or four octal digits that leave the owner all rights, such as \"1775\"";
-  forGroup =
-    group:
-    "the members of group \"${group}\" could put links into a store of root's, which root's Nix would "
-    + "follow; leave mode away, or take the group's 2 away, as in \"0755\", or give the store an owner";
   everybody = "everybody could write into the store; take the last digit's 2 away";
 }

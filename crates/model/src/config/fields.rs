@@ -9,8 +9,7 @@ use toml::{
 
 use super::reader::{About, Reader};
 use crate::{
-    AbsolutePath, BUILD_USERS, Ephemeral, EphemeralSize, MAX_SOCKET_PATH_LEN, NixDaemon, Ownership, StoreName,
-    refuse_setting,
+    AbsolutePath, Ephemeral, EphemeralSize, MAX_SOCKET_PATH_LEN, NixDaemon, Ownership, StoreName, refuse_setting,
 };
 
 /// The values of one store's table, or of a table in it.
@@ -185,36 +184,21 @@ impl Fields<'_, '_, '_> {
 
     /// Whom the store's directories are for.
     pub(crate) fn ownership(&mut self) -> Ownership {
-        let (owner, group) = (self.account("owner"), self.account("group"));
-        let mode = self.mode(owner.as_deref(), group.as_deref());
-        Ownership { owner, group, mode }
+        Ownership { owner: self.account("owner"), group: self.account("group"), mode: self.mode() }
     }
 
-    /// A file mode in octal digits. What is root's is not for others to write to: root's Nix follows links that they put there.
-    fn mode(&mut self, owner: Option<&str>, group: Option<&str>) -> Option<u32> {
+    /// A file mode in octal digits.
+    fn mode(&mut self) -> Option<u32> {
         let (text, span) = self.text("mode")?;
         let mode = u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o7777);
-        let Some(mode) = mode.filter(|mode| mode & 0o702 == 0o700) else {
-            let everybody = "everybody could write into the store; take the last digit's 2 away";
-            let form = "a mode is three or four octal digits that leave the owner all rights, such as \"1775\"";
-            let why = if mode.is_some_and(|mode| mode & 0o002 != 0) { everybody } else { form };
-            self.refuse("mode", &text, span, &why);
-            return None;
-        };
-        // Whose group a number is only the machine can tell.
-        let is_name = |group: &&str| *group != BUILD_USERS && group.parse::<u32>().is_err();
-        if mode & 0o020 != 0
-            && matches!(owner, None | Some("root" | "0"))
-            && let Some(group) = group.filter(is_name)
-        {
-            let why = format!(
-                "the members of group {group:?} could put links into a store of root's, which root's Nix would follow; leave \
-                 mode away, or take the group's 2 away, as in \"0755\", or give the store an owner"
-            );
-            self.refuse("mode", &text, span, &why);
-            return None;
+        if let Some(mode) = mode.filter(|mode| mode & 0o702 == 0o700) {
+            return Some(mode);
         }
-        Some(mode)
+        let everybody = "everybody could write into the store; take the last digit's 2 away";
+        let form = "a mode is three or four octal digits that leave the owner all rights, such as \"1775\"";
+        let why = if mode.is_some_and(|mode| mode & 0o002 != 0) { everybody } else { form };
+        self.refuse("mode", &text, span, &why);
+        None
     }
 
     /// A boolean that is true when it is not given.

@@ -309,17 +309,31 @@ pub enum LayersError {
         /// Its mode.
         mode: u32,
     },
-    /// Root's Nix would work in a state directory that others can change.
+    /// Root's Nix would work in a lower store that others can change.
     #[error(
-        "lower-store: root's Nix opens it, writes to its state directory {dir}, with `read-only=true` as well, and follows \
-         the links there; {at} can be changed by others than root (now uid {uid}, mode {mode:04o}): give {dir} and all that is \
-         in it and above it to root alone, name a Nix daemon that opens it (`unix://SOCKET?root=ROOT`), or give this store \
-         an `owner`"
+        "lower-store: root's Nix works in {dir}, with `read-only=true` as well, and follows the links there; {at} can be changed \
+         by others than root (now uid {uid}, mode {mode:04o}): give it to root alone, mount the lower store for reading only, \
+         or give this store an `owner`"
     )]
     LowerForOthers {
-        /// The state directory of the lower store.
+        /// The directory of its objects, or its state directory.
         dir: AbsolutePath,
         /// It, or the one above it that others can change.
+        at: String,
+        /// Its owner.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Root's Nix would work in a state directory that others can change.
+    #[error(
+        "root: root's Nix works in {dir} and follows the links there; {at} can be changed by others than root (now uid {uid}, \
+         mode {mode:04o}): give it to root alone, or give the store an `owner`"
+    )]
+    StateForOthers {
+        /// The state directory.
+        dir: AbsolutePath,
+        /// It, or what is in it.
         at: String,
         /// Its owner.
         uid: u32,

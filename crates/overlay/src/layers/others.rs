@@ -1,15 +1,29 @@
 //! Where Nix that is run by root works, nobody else may put anything: it follows links there, so whoever can makes root change
-//! what they choose. In the store directory it opens locks (`openLockFile`) and deletes below `.links`; in a lower store that it
-//! opens itself it makes files of the state directory, with `read-only=true` as well (`LocalStore::LocalStore`).
+//! what they choose. In the merged directory it opens locks (`openLockFile`) and deletes below `.links`, whichever layer these are
+//! in; in a state directory it makes files and directories, of a lower store with `read-only=true` as well
+//! (`LocalStore::LocalStore`).
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use layered_stores_model::{LowerStore, StoreSpec};
+use layered_stores_model::{AbsolutePath, LowerStore, StoreSpec};
 use nix::unistd::Gid;
-use rustix::{fs::Mode, io::Errno};
+use rustix::{
+    fs::{AtFlags, FileType, Mode, StatVfsMountFlags},
+    io::Errno,
+};
 
-use super::{LayersError, accounts::build_users};
+use super::{LayersError, accounts::build_users, open_lower};
 use crate::walk::Walk;
+
+/// What Nix goes through in a state directory.
+const FOLLOWED: [&str; 4] = ["db", "temproots", "gcroots", "profiles"];
+
+/// Something that others than root can change.
+struct Changeable {
+    at: String,
+    uid: u32,
+    mode: u32,
+}
 
 /// Refuses a store of root's of which others can change what root's Nix follows.
 pub(crate) fn refuse_others(spec: &StoreSpec) -> Result<(), LayersError> {
@@ -17,38 +31,100 @@ pub(crate) fn refuse_others(spec: &StoreSpec) -> Result<(), LayersError> {
     let stat = rustix::fs::lstat(upper.as_path())
         .map_err(|errno| LayersError::sys("upper-layer", "look at", upper.as_str(), errno))?;
     refuse_writers(spec, Gid::from_raw(stat.st_gid), Mode::from_raw_mode(stat.st_mode))?;
+    refuse_state_of_others(spec)?;
     refuse_lower_of_others(spec)
 }
 
 /// Refuses an upper layer of root's that others can write to, with a group and a mode that it has or is to get. Nix gives it to
 /// its build users by itself.
 pub(super) fn refuse_writers(spec: &StoreSpec, gid: Gid, mode: Mode) -> Result<(), LayersError> {
-    let for_group = mode.contains(Mode::WGRP) && !build_users(spec)?.contains(&gid);
-    if !for_group && !mode.contains(Mode::WOTH) {
+    if !are_for_others(spec, gid, mode)? {
         return Ok(());
     }
     let mode = mode.as_raw_mode() & 0o7777;
     Err(LayersError::UpperForOthers { path: spec.layers.upper.clone(), gid: gid.as_raw(), mode })
 }
 
-/// Refuses a lower store that root's Nix opens itself, if its state directory is not root's alone.
+fn are_for_others(spec: &StoreSpec, gid: Gid, mode: Mode) -> Result<bool, LayersError> {
+    Ok(mode.contains(Mode::WOTH) || mode.contains(Mode::WGRP) && !build_users(spec)?.contains(&gid))
+}
+
+/// Refuses a state directory of root's that others can change.
+pub(super) fn refuse_state_of_others(spec: &StoreSpec) -> Result<(), LayersError> {
+    let dir = &spec.state_dir;
+    match changeable(Walk::new("root"), dir)? {
+        None => Ok(()),
+        Some(Changeable { at, uid, mode }) => Err(LayersError::StateForOthers { dir: dir.clone(), at, uid, mode }),
+    }
+}
+
+/// Refuses a lower store whose directories others can change in which root's Nix works.
 pub(super) fn refuse_lower_of_others(spec: &StoreSpec) -> Result<(), LayersError> {
-    // That of a layered store is looked at as its own.
-    let LowerStore::Nix { state_dir: Some(dir), .. } = &spec.lower_store else { return Ok(()) };
-    let walk = Walk::new("lower-store");
-    let looked = walk.to(dir).and_then(|found| walk.check_own(found.as_fd(), dir).map(drop));
-    match looked {
-        // Nix makes it.
-        Ok(()) | Err(LayersError::Sys { errno: Errno::NOENT, .. }) => Ok(()),
-        Err(LayersError::UnsafeParent { at, uid, mode, .. }) => {
-            Err(LayersError::LowerForOthers { dir: dir.clone(), at, uid, mode })
+    // A layered store is looked at by itself.
+    let LowerStore::Nix { state_dir, .. } = &spec.lower_store else { return Ok(()) };
+    let refuse = |dir: &AbsolutePath, Changeable { at, uid, mode }| {
+        Err(LayersError::LowerForOthers { dir: dir.clone(), at, uid, mode })
+    };
+    let (walk, lower) = (Walk::new("lower-store"), &spec.layers.lower);
+    let found = open_lower(lower)?;
+    let stat = walk.stat(found.as_fd(), lower.as_str())?;
+    let mode = Mode::from_raw_mode(stat.stx_mode.into());
+    let is_changeable = stat.stx_uid != 0 || are_for_others(spec, Gid::from_raw(stat.stx_gid), mode)?;
+    if is_changeable && !is_read_only(&found) {
+        let mode = mode.as_raw_mode() & 0o7777;
+        return refuse(lower, Changeable { at: lower.to_string(), uid: stat.stx_uid, mode });
+    }
+    let Some(dir) = state_dir else { return Ok(()) };
+    match changeable(walk, dir)? {
+        None => Ok(()),
+        Some(changeable) => refuse(dir, changeable),
+    }
+}
+
+/// On a filesystem that is mounted for reading nobody changes anything; what is in it is for who has mounted it to judge.
+fn is_read_only(dir: &OwnedFd) -> bool {
+    rustix::fs::fstatvfs(dir).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY))
+}
+
+/// What of a state directory, of those above it and of those in it that Nix goes through can be changed by others than root.
+fn changeable(walk: Walk, dir: &AbsolutePath) -> Result<Option<Changeable>, LayersError> {
+    let found = match walk.to(dir).and_then(|found| walk.check_own(found.as_fd(), dir).map(|_| found)) {
+        // Nix makes it, and so could whoever may make files above it.
+        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => {
+            return match dir.as_path().parent().and_then(|above| above.to_str()?.parse().ok()) {
+                Some(above) => Ok(changeable(walk, &above)?.filter(|changeable| !is_in(&above, &changeable.at))),
+                None => Ok(None),
+            };
         }
+        Err(LayersError::UnsafeParent { at, uid, mode, .. }) => return Ok(Some(Changeable { at, uid, mode })),
         Err(LayersError::SharedParent { directory: at, mode, .. }) => {
-            Err(LayersError::LowerForOthers { dir: dir.clone(), at, uid: 0, mode })
+            return Ok(Some(Changeable { at, uid: 0, mode }));
         }
         Err(LayersError::NotRoots { path, uid, mode, .. }) => {
-            Err(LayersError::LowerForOthers { dir: dir.clone(), at: path.to_string(), uid, mode })
+            return Ok(Some(Changeable { at: path.to_string(), uid, mode }));
         }
-        Err(error) => Err(error),
+        found => found?,
+    };
+    if is_read_only(&found) {
+        return Ok(None);
     }
+    for name in FOLLOWED {
+        let at = format!("{dir}/{name}");
+        let stat = match rustix::fs::statat(&found, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => continue,
+            Err(errno) => return Err(LayersError::sys("root", "look at", &at, errno)),
+        };
+        // A link has all rights, and leads where root has it lead.
+        let is_link = FileType::from_raw_mode(stat.st_mode) == FileType::Symlink;
+        if stat.st_uid != 0 || (!is_link && stat.st_mode & 0o022 != 0) {
+            return Ok(Some(Changeable { at, uid: stat.st_uid, mode: stat.st_mode & 0o7777 }));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a path is one of those that Nix goes through, of a directory in which it looks for others.
+fn is_in(dir: &AbsolutePath, at: &str) -> bool {
+    FOLLOWED.iter().any(|name| at == format!("{dir}/{name}"))
 }

@@ -94,9 +94,10 @@ fn not_even_the_owner_of_a_store_may_own_a_directory_above_it() {
 #[test]
 fn the_way_to_the_lower_store_is_walked_as_well() {
     needs_root!();
-    let store = Store::new();
+    let mut store = Store::new();
+    store.spec = fixture::with(&store.spec, |terms| terms.ownership.owner = Some("nobody".to_owned()));
     let (lower, away) = (store.root.path().join("lower"), store.root.path().join("away"));
-    give(&lower.join("nix/store"), 0o1775, STRANGER);
+    give(&lower.join("nix/store"), 0o1775, Some(1000));
     drop(prepare(&store.spec, Known::of(&[])).expect("the directory itself may belong to anybody"));
     give(&lower.join("nix"), 0o755, STRANGER);
     assert!(matches!(prepare(&store.spec, Known::of(&[])), Err(LayersError::UnsafeParent { key: "lower-store", .. })));
@@ -187,8 +188,66 @@ fn a_lower_store_that_roots_nix_opens_has_a_state_directory_of_roots() {
         }
         give(path, 0o755, Some(0));
     }
-    give(&state, 0o755, STRANGER);
-    fs::remove_dir_all(plain.root.as_path().parent().expect("its directory")).unwrap_or_default();
+    // Of what Nix goes through in it nothing is others'.
+    store.spec = name(at.to_string());
+    for (path, mode, owner) in [("db", 0o755, STRANGER), ("temproots", 0o777, Some(0)), ("gcroots", 0o1777, Some(0))] {
+        fs::create_dir(state.join(path)).expect("made");
+        give(&state.join(path), mode, owner);
+        assert!(refused(&store.spec), "{path}");
+        fs::remove_dir(state.join(path)).expect("removed");
+    }
+    symlink("elsewhere", state.join("db")).expect("linked");
+    assert!(!refused(&store.spec), "root leads where it likes");
+    // What is missing others could make.
+    fs::remove_file(state.join("db")).expect("removed");
+    fs::remove_dir_all(lower.join("nix/var")).expect("removed");
+    assert!(!refused(&store.spec));
+    give(&lower.join("nix"), 0o1777, Some(0));
+    assert!(refused(&store.spec));
+    give(&lower.join("nix"), 0o755, Some(0));
+}
+
+#[test]
+fn a_lower_store_whose_links_root_would_follow_is_roots_or_cannot_be_changed() {
+    needs_root!();
+    host::private_mount_namespace(false).expect("a mount namespace");
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).expect("a private namespace");
+    let mut store = Store::new();
+    let plain = store.spec.clone();
+    let dir = plain.layers.lower.as_path();
+    let at = store.root.path().join("lower");
+    for url in [at.display().to_string(), format!("unix:///s?root={}", at.display())] {
+        store.spec = fixture::with(&plain, |terms| terms.lower_store = url.parse().expect("valid"));
+        for (mode, owner) in [(0o755, STRANGER), (0o1777, Some(0)), (0o775, Some(0))] {
+            give(dir, mode, owner);
+            chown(dir, None, STRANGER).expect("chown");
+            let refused = prepare(&store.spec, Known::of(&[]));
+            assert!(matches!(refused, Err(LayersError::LowerForOthers { .. })), "{refused:?}");
+            assert!(matches!(layers::look_ahead(&store.spec, Known::of(&[])), Err(LayersError::LowerForOthers { .. })));
+        }
+    }
+    rustix::mount::mount_bind(&at, &at).expect("mounted");
+    let read_only = MountFlags::BIND | MountFlags::RDONLY;
+    rustix::mount::mount_remount(&at, read_only, "").expect("for reading only");
+    drop(prepare(&store.spec, Known::of(&[])).expect("nobody changes it"));
+    rustix::mount::unmount(&at, UnmountFlags::DETACH).expect("unmounted");
+}
+
+#[test]
+fn a_state_dir_of_roots_is_not_for_others_to_write_to() {
+    needs_root!();
+    let store = Store::new();
+    drop(prepare(&store.spec, Known::of(&[])).expect("prepared"));
+    let state = store.spec.state_dir.as_path();
+    fs::create_dir(state.join("profiles")).expect("made");
+    for (path, mode) in [(state, 0o775), (&state.join("profiles"), 0o777)] {
+        give(path, mode, Some(0));
+        let refused = prepare(&store.spec, Known::of(&[]));
+        assert!(matches!(refused, Err(LayersError::StateForOthers { .. })), "{refused:?}");
+        give(path, 0o755, Some(0));
+    }
+    drop(prepare(&store.spec, Known::of(&[])).expect("root's alone"));
 }
 
 #[test]
