@@ -65,6 +65,8 @@ pub(super) enum Op {
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) spec: Arc<StoreSpec>,
+    /// It was up with its specification since it was last to be down.
+    was_up: bool,
     /// What is declared, if it is another specification and not known yet whether the store can come up with it.
     pub(super) candidate: Option<Candidate>,
     looking: Option<Looking>,
@@ -121,6 +123,7 @@ impl Entry {
         Self {
             cell: StatusCell::new(Status::new(Arc::clone(&spec), declared)),
             spec,
+            was_up: false,
             candidate: None,
             looking: None,
             next: None,
@@ -229,6 +232,7 @@ impl Entry {
     /// Notes that it is up.
     pub(super) fn up(&mut self) {
         self.phase = Phase::Active;
+        self.was_up = true;
         self.reason.clear();
         self.retries.forget_failures();
         self.try_again();
@@ -246,6 +250,7 @@ impl Entry {
     /// Notes that it is down.
     pub(super) fn down(&mut self) {
         self.phase = Phase::Inactive;
+        self.was_up &= self.want == Want::Up;
         self.reason.clear();
         self.unlock();
         self.mounted = None;
@@ -370,16 +375,35 @@ impl Entry {
         self.respecifies() || self.is_considered()
     }
 
-    /// Whether it is up, or is about to be taken over, and is to stay up.
+    /// Whether it is up as it was declared before, or would be if nothing was in the way.
     pub(super) fn has_something_to_lose(&self) -> bool {
-        let is_failed = matches!(self.phase, Phase::Failed { .. });
-        self.want == Want::Up && matches!(self.mount, MountState::Mounted { .. }) && !is_failed
+        match self.mount {
+            MountState::Mounted { .. } | MountState::Covered(_) => true,
+            MountState::Absent | MountState::Foreign { .. } => self.was_up && self.want == Want::Up,
+        }
+    }
+
+    /// Whether it is to go down, for good or for another specification.
+    pub(super) fn is_to_go(&self) -> bool {
+        self.want == Want::Gone || self.next.is_some()
+    }
+
+    pub(super) fn is_mounted(&self) -> bool {
+        matches!(self.mount, MountState::Mounted { .. })
+    }
+
+    /// Puts the waiting specification in force, with which it was not up yet.
+    pub(super) fn respecify(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.spec = next;
+            self.was_up = false;
+        }
     }
 
     /// Puts the waiting specification in force for a mount that somebody else has made, if it is of the same directories: with
     /// which options that is mounted is theirs to change.
     pub(super) fn take_next_in_place(&mut self) {
-        let is_mounted = matches!(self.mount, MountState::Mounted { .. });
+        let is_mounted = self.is_mounted();
         if let Some(next) = self.next.take_if(|next| is_mounted && next.layers.are_at(&self.spec.layers)) {
             self.spec = next;
         }

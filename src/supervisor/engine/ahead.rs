@@ -9,7 +9,10 @@ use super::{Engine, done::Done, stuck};
 use crate::supervisor::{
     entry::Entry,
     operation::OperationError,
-    plan::change::{self, Change},
+    plan::{
+        Lower,
+        change::{self, Change},
+    },
 };
 
 impl Engine {
@@ -20,9 +23,14 @@ impl Engine {
         for name in &names {
             self.look_ahead(name, now);
         }
-        let changes: Vec<_> = names.iter().filter_map(|name| as_change(&self.entries[name])).collect();
-        let lower = |name: &StoreName| self.entries.get(name).map(|entry| (self.state_of(entry), &*entry.spec));
-        let mut staying = change::staying(&changes, lower);
+        if names.is_empty() {
+            return;
+        }
+        let changes: Vec<_> = names.iter().filter_map(|name| self.as_change(&self.entries[name])).collect();
+        let is_stuck = |entry: &&Entry| entry.is_to_go() && (entry.cannot_go() || entry.stuck.is_some());
+        let stuck: Vec<_> = self.entries.values().filter(is_stuck).map(|entry| &*entry.spec).collect();
+        let lower = |name: &StoreName| self.entries.get(name).map_or(Lower::Unavailable, |entry| self.state_of(entry));
+        let mut staying = change::staying(&changes, &stuck, lower);
         for name in &names {
             if let Some(entry) = self.entries.get_mut(name) {
                 entry.decide(staying.remove(name));
@@ -30,12 +38,24 @@ impl Engine {
         }
     }
 
+    fn as_change<'e>(&self, entry: &'e Entry) -> Option<Change<'e>> {
+        let candidate = entry.candidate.as_ref()?;
+        let is_up = entry.has_something_to_lose();
+        let is_theirs = is_up && entry.is_mounted() && !self.machine.is_ours(&entry.spec.mount_unit);
+        let found = if is_theirs && !candidate.spec.layers.are_at(&entry.spec.layers) {
+            candidate.not_ours()
+        } else {
+            candidate.found()
+        };
+        Some(Change { now: &entry.spec, then: &candidate.spec, is_up, found })
+    }
+
     /// Begins to look, if it is time to. The store is refreshed meanwhile as ever, whatever does not answer.
     fn look_ahead(&mut self, name: &StoreName, now: Instant) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         if let Some(spec) = entry.begin_to_look(now) {
             let looking = self.machine.look_ahead(&spec);
-            entry.looks_ahead(&looking.progress, now);
+            entry.looks_ahead(&spec, &looking.progress, now);
             let name = name.clone();
             self.operations.spawn(async move { (name, Done::LookedAhead(spec, looking.result.await)) });
         }
@@ -57,10 +77,4 @@ impl Engine {
             self.look_soon();
         }
     }
-}
-
-fn as_change(entry: &Entry) -> Option<Change<'_>> {
-    let candidate = entry.candidate.as_ref()?;
-    let is_up = entry.has_something_to_lose();
-    Some(Change { now: &entry.spec, then: &candidate.spec, is_up, found: &candidate.found })
 }

@@ -65,6 +65,13 @@ impl Engine {
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.forget_ended();
         if let Done::OwnerSeen(wrong) = done {
+            if wrong.is_some() != entry.has(Problem::OtherOwner) {
+                // Its Nix daemon goes, or comes back.
+                entry.serving.disturbed();
+                entry.serving.at_once();
+                self.look_soon();
+            }
+            let Some(entry) = self.entries.get_mut(name) else { return };
             match wrong {
                 Some(message) => entry.problem(Problem::OtherOwner, message),
                 None => entry.clear(&[Problem::OtherOwner]),
@@ -193,10 +200,10 @@ impl Engine {
         self.entries.values_mut().filter(is_on_it).for_each(Entry::try_again);
     }
 
-    /// What has failed because another store has one of its directories is tried again.
+    /// What is tried again later is so at once: it may have failed because another store had one of its directories.
     pub(super) fn directories_are_free(&mut self) {
-        let has_failed = |entry: &&mut Entry| matches!(entry.phase, Phase::Failed { .. });
-        self.entries.values_mut().filter(has_failed).for_each(Entry::try_again);
+        let waits = |entry: &&mut Entry| matches!(entry.phase, Phase::Failed { .. }) && entry.retries.due().is_some();
+        self.entries.values_mut().filter(waits).for_each(Entry::try_again);
     }
 
     pub(super) fn is_released(&mut self, name: &StoreName, result: Result<(), OperationError>, why: Release) {
@@ -208,9 +215,7 @@ impl Engine {
         }
         match why {
             Release::Respecify => {
-                if let Some(next) = entry.next.take() {
-                    entry.spec = next;
-                }
+                entry.respecify();
                 entry.down();
                 entry.try_again();
                 let entry = &self.entries[name];

@@ -51,6 +51,8 @@ impl Engine {
             if entry.op.is_none() && entry.phase != Phase::Active && spec.needs_restart_for(&entry.spec) {
                 let declared = Arc::clone(entry.declared_spec());
                 entry.spec = spec;
+                // What it was found to be was that of another place.
+                entry.forget_failure();
                 entry.propose(declared);
                 self.register(&self.entries[&name]);
             }

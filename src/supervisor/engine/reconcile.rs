@@ -259,13 +259,17 @@ impl Engine {
                 None => Occupied::ForNow,
             };
         }
-        let leaves = |other: &Entry| other.want == Want::Gone || other.next.is_some() || other.candidate.is_some();
+        let leaves = |other: &Entry| other.is_to_go() || other.candidate.is_some();
         let has_one = |other: &&Entry| {
             other.spec.name != entry.spec.name && leaves(other) && other.spec.shares_directories_with(&entry.spec)
         };
         match self.entries.values().find(has_one) {
             None => Occupied::No,
-            Some(other) if other.candidate.is_none() || other.is_considered() => Occupied::ForNow,
+            Some(other) if other.is_to_go() && (other.cannot_go() || other.stuck.is_some()) => Occupied::By(format!(
+                "the store {0} has one of its directories and cannot go; see `layered-stores status {0}`",
+                other.spec.name
+            )),
+            Some(other) if other.is_to_go() || other.is_considered() => Occupied::ForNow,
             Some(Entry { spec, .. }) => Occupied::By(format!(
                 "the store {0} has one of its directories and goes on as it was; see `layered-stores status {0}`",
                 spec.name
@@ -333,8 +337,11 @@ impl Engine {
                 let reason = entry.reason.clone();
                 let not_active = Err(entry.not_active());
                 answer(entry.waiting.all_remounting(), &not_active);
-                let failed = Err(Error::StartFailed(name.clone(), reason.clone()));
-                answer(std::mem::take(&mut entry.waiting.starting), &failed);
+                // It may be about to be tried otherwise.
+                if !entry.is_considered() {
+                    let failed = Err(Error::StartFailed(name.clone(), reason.clone()));
+                    answer(std::mem::take(&mut entry.waiting.starting), &failed);
+                }
                 let asked = std::mem::take(&mut entry.waiting.stopping);
                 if !asked.is_empty() && entry.want == Want::Down {
                     self.stays_up(name);

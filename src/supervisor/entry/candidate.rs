@@ -18,7 +18,9 @@ use crate::supervisor::{
 #[derive(Debug)]
 pub(in crate::supervisor) struct Candidate {
     pub(in crate::supervisor) spec: Arc<StoreSpec>,
-    pub(in crate::supervisor) found: Found,
+    found: Found,
+    /// What is found of any that is elsewhere, where somebody else has mounted the store.
+    not_ours: Found,
     /// Somebody looks, or waits for an earlier look to do so.
     is_looked_at: bool,
     /// When it is looked at again.
@@ -29,7 +31,17 @@ pub(in crate::supervisor) struct Candidate {
 
 impl Candidate {
     pub(in crate::supervisor) fn new(spec: Arc<StoreSpec>) -> Self {
-        Self { spec, found: Found::Nothing, is_looked_at: false, retries: Retries::default(), stay: Stay::ForNow }
+        let not_ours = Found::Wrong("its mount was not made by the daemon, and stays; unmount it by hand".to_owned());
+        let (found, stay) = (Found::Nothing, Stay::ForNow);
+        Self { spec, found, not_ours, is_looked_at: false, retries: Retries::default(), stay }
+    }
+
+    pub(in crate::supervisor) fn found(&self) -> &Found {
+        &self.found
+    }
+
+    pub(in crate::supervisor) fn not_ours(&self) -> &Found {
+        &self.not_ours
     }
 
     /// Whether somebody should look.
@@ -54,9 +66,10 @@ impl Candidate {
     }
 }
 
-/// A look that has not come back. There is one at a time: whatever does not answer costs one thread.
+/// A look that has not come back. There is one at a time of a specification: what does not answer costs one thread.
 #[derive(Debug)]
 pub(in crate::supervisor) struct Looking {
+    spec: Arc<StoreSpec>,
     since: Instant,
     progress: Arc<dyn Follow>,
 }
@@ -113,12 +126,22 @@ impl Entry {
             return None;
         }
         candidate.is_looked_at = true;
-        self.looking.is_none().then(|| Arc::clone(&candidate.spec))
+        // What hangs of another specification says nothing about this one.
+        let is_free = self
+            .looking
+            .as_ref()
+            .is_none_or(|looking| looking.silent_at() <= now && looking.spec.needs_restart_for(&candidate.spec));
+        is_free.then(|| Arc::clone(&candidate.spec))
     }
 
     /// Follows a look ahead that has begun.
-    pub(in crate::supervisor) fn looks_ahead(&mut self, progress: &Arc<dyn Follow>, now: Instant) {
-        self.looking = Some(Looking { since: now, progress: Arc::clone(progress) });
+    pub(in crate::supervisor) fn looks_ahead(
+        &mut self,
+        spec: &Arc<StoreSpec>,
+        progress: &Arc<dyn Follow>,
+        now: Instant,
+    ) {
+        self.looking = Some(Looking { spec: Arc::clone(spec), since: now, progress: Arc::clone(progress) });
     }
 
     /// When a look ahead is waited for no longer, or made again.
@@ -137,7 +160,10 @@ impl Entry {
 
     /// Notes that a look has come back, with what it has found.
     pub(in crate::supervisor) fn look_came_back(&mut self, spec: &Arc<StoreSpec>, wrong: Option<String>, now: Instant) {
-        self.looking = None;
+        if self.looking.take_if(|looking| Arc::ptr_eq(&looking.spec, spec)).is_none() {
+            // Another one was begun since.
+            return;
+        }
         let Some(candidate) = &mut self.candidate else { return };
         if Arc::ptr_eq(&candidate.spec, spec) {
             candidate.was_looked_at(wrong, now);

@@ -40,11 +40,12 @@ pub(in crate::supervisor) enum Stay {
     Because(String),
 }
 
-/// Which stores stay as they are. The others have nothing to lose, or can change. What a store is that does not change, and lies
-/// where, is told by `lower`.
-pub(in crate::supervisor) fn staying<'a>(
-    changes: &[Change<'a>],
-    lower: impl Fn(&StoreName) -> Option<(Lower, &'a StoreSpec)>,
+/// Which stores stay as they are. The others have nothing to lose, or can change. What a store is that does not change is told by
+/// `lower`; `stuck` are those that are to go down and cannot.
+pub(in crate::supervisor) fn staying(
+    changes: &[Change<'_>],
+    stuck: &[&StoreSpec],
+    lower: impl Fn(&StoreName) -> Lower,
 ) -> BTreeMap<StoreName, Stay> {
     let mut staying = BTreeMap::new();
     loop {
@@ -52,7 +53,7 @@ pub(in crate::supervisor) fn staying<'a>(
         let more: Vec<_> = changes
             .iter()
             .filter(is_open)
-            .filter_map(|change| Some((change.now.name.clone(), stays(change, changes, &staying, &lower)?)))
+            .filter_map(|change| Some((change.now.name.clone(), stays(change, changes, stuck, &staying, &lower)?)))
             .collect();
         if more.is_empty() {
             return staying;
@@ -61,11 +62,12 @@ pub(in crate::supervisor) fn staying<'a>(
     }
 }
 
-fn stays<'a>(
-    change: &Change<'a>,
-    changes: &[Change<'a>],
+fn stays(
+    change: &Change<'_>,
+    changes: &[Change<'_>],
+    stuck: &[&StoreSpec],
     staying: &BTreeMap<StoreName, Stay>,
-    lower: impl Fn(&StoreName) -> Option<(Lower, &'a StoreSpec)>,
+    lower: impl Fn(&StoreName) -> Lower,
 ) -> Option<Stay> {
     let Change { now, then, found, .. } = change;
     match found {
@@ -86,20 +88,17 @@ fn stays<'a>(
         };
         return Some(if *how == Stay::ForNow { Stay::ForNow } else { Stay::Because(why) });
     }
+    let is_in_the_way = |other: &&&StoreSpec| other.name != now.name && then.shares_directories_with(other);
+    if let Some(other) = stuck.iter().find(is_in_the_way) {
+        let why = format!("{0} has one of its directories and cannot go; see `layered-stores status {0}`", other.name);
+        return Some(Stay::Because(why));
+    }
     let name = then.lower_name()?;
-    if changes.iter().any(|other| other.now.name == *name && !staying.contains_key(name)) {
+    let changes_too = changes.iter().any(|other| other.now.name == *name && !staying.contains_key(name));
+    if changes_too || lower(name) != Lower::Unavailable {
         return None;
     }
-    match lower(name) {
-        Some((Lower::Ready | Lower::Leaving, _)) => None,
-        // It may wait for a directory that this store gives away.
-        Some((Lower::Pending, other)) if other.shares_directories_with(now) => None,
-        Some((Lower::Pending, _)) => Some(Stay::ForNow),
-        Some((Lower::Unavailable | Lower::Elsewhere, _)) | None => {
-            let see = format!("see `layered-stores status {name}`");
-            Some(Stay::Because(format!("its lower store {name} is not up; {see}")))
-        }
-    }
+    Some(Stay::Because(format!("its lower store {name} is not up; see `layered-stores status {name}`")))
 }
 
 #[cfg(test)]
@@ -123,8 +122,7 @@ mod tests {
             .filter(|((now, then), _)| now.needs_restart_for(then))
             .map(|((now, then), found)| Change { now, then, is_up: true, found })
             .collect();
-        let lower = |name: &StoreName| now.iter().find(|spec| spec.name == *name).map(|spec| (below, spec));
-        staying(&changes, lower).into_iter().map(|(name, stay)| (name.to_string(), stay)).collect()
+        staying(&changes, &[], |_| below).into_iter().map(|(name, stay)| (name.to_string(), stay)).collect()
     }
 
     fn wrong() -> Found {
@@ -152,7 +150,7 @@ mod tests {
     fn what_is_down_has_nothing_to_lose() {
         let (now, then) = (specs(A_AND_C), specs(&A_AND_C.replace("/srv", "/srv/other")));
         let change = Change { now: &now[0], then: &then[0], is_up: false, found: &Found::Nothing };
-        assert_eq!(staying(&[change], |_| None), BTreeMap::new());
+        assert_eq!(staying(&[change], &[], |_| Lower::Unavailable), BTreeMap::new());
     }
 
     #[test]
@@ -196,17 +194,20 @@ mod tests {
         let found = |below| staying_of(A_AND_C, &then, [&Found::Fine; 3], below);
         assert_eq!(found(Lower::Ready), is(&[]));
         assert_eq!(found(Lower::Leaving), is(&[]));
-        assert_eq!(found(Lower::Pending), is(&[("c", Stay::ForNow)]));
+        assert_eq!(found(Lower::Pending), is(&[]), "whoever waited for it to come up might wait for what this one has");
         let why = "its lower store b is not up; see `layered-stores status b`";
         assert_eq!(found(Lower::Unavailable), is(&[("c", because(why))]));
-        let directories = |of: &str| format!("upper-layer = \"/u/{of}\"\nwork-dir = \"/u/w{of}\"\n");
-        let text = |b: &str, c: &str, below: &str| {
-            let c = format!("[stores.c]\nlower-store = \"{below}\"\n{}", directories(c));
-            specs(&format!("[stores.b]\nlower-store = \"/srv\"\n{}{c}", directories(b)))
-        };
-        let (now, then) = (text("b", "c", "/srv"), text("c", "d", "layered:b"));
-        let change = Change { now: &now[1], then: &then[1], is_up: true, found: &Found::Fine };
-        let staying = staying(&[change], |_| Some((Lower::Pending, &then[0])));
-        assert_eq!(staying, BTreeMap::new(), "it waits for what this store gives away");
+    }
+
+    #[test]
+    fn what_cannot_go_keeps_its_directories() {
+        let text =
+            |c: &str| format!("[stores.c]\nlower-store = \"/srv\"\nupper-layer = \"/u/{c}\"\nwork-dir = \"/u/w{c}\"\n");
+        let (now, then, other) =
+            (specs(&text("c")), specs(&text("d")), specs(&text("d").replace("stores.c", "stores.x")));
+        let change = Change { now: &now[0], then: &then[0], is_up: true, found: &Found::Fine };
+        let staying = staying(&[change], &[&other[0]], |_| Lower::Ready);
+        let why = "x has one of its directories and cannot go; see `layered-stores status x`";
+        assert_eq!(staying, [(now[0].name.clone(), because(why))].into());
     }
 }

@@ -8,7 +8,7 @@ use super::{
     Declared,
     Event::{
         CannotChange, Change, Fail, GoOn, Hang, HangConfiguration, HangRecords, Kill, MountByHand, MountForeign,
-        Reload, Remount, RemoveData, Restart, SocketFails, Start, Stop, Unmount, Use, Wait,
+        Reload, Remount, RemoveData, Restart, SocketFails, Start, Stop, Unmount, UnmountForeign, Use, Wait,
     },
     News, Play, Problem, State, has, name, play, run, tell_nobody,
 };
@@ -166,6 +166,32 @@ fn a_store_that_moves_stays_if_what_lies_on_it_would_not_come_up_again() {
 #[test]
 fn a_store_whose_next_directories_do_not_answer_goes_on_as_it_was() {
     goes_on_as_it_was(noatime, Hang(0), GoOn(0));
+}
+
+#[test]
+fn a_store_that_stays_as_it_was_comes_back_so_from_wherever_it_was() {
+    let changed = Reload([noatime(AUTO), NO, NO]);
+    let in_vain = vec![milliseconds(5000), CannotChange(0, true), changed, milliseconds(3000)];
+    let way_and_back = [
+        vec![Use(0, true), Stop(0), milliseconds(5000), Use(0, false)],
+        vec![MountForeign(0), milliseconds(5000), UnmountForeign(0)],
+        vec![Unmount(0)],
+        vec![Fail(0, 1), Unmount(0)],
+    ];
+    for events in way_and_back {
+        see([AUTO, NO, NO], [in_vain.clone(), events, vec![milliseconds(20_000)]].concat(), |play| {
+            let status = status(play, 0);
+            assert_eq!(status.state, State::Active, "{}", status.state_reason);
+            assert!(status.spec.layers.options.is_empty() && has(&status, Problem::NotApplied));
+        });
+    }
+    // It makes way for the one underneath, which changes.
+    let both = Reload([noatime(AUTO), NO, noatime(AUTO)]);
+    see([AUTO, NO, AUTO], vec![milliseconds(5000), CannotChange(2, true), both, milliseconds(20_000)], |play| {
+        assert_eq!([0, 2].map(|of| status(play, of).state), [State::Active; 2]);
+        assert_eq!([0, 2].map(|of| status(play, of).spec.layers.options.len()), [1, 0]);
+        assert!(has(&status(play, 2), Problem::NotApplied) && !has(&status(play, 0), Problem::NotApplied));
+    });
 }
 
 #[test]

@@ -110,7 +110,8 @@ struct Look<'a>(&'a Doing);
 
 impl Drop for Look<'_> {
     fn drop(&mut self) {
-        self.0.world.lock().store(&self.0.spec.name).is_looked_ahead = false;
+        let is_other = |other: &Arc<StoreSpec>| !Arc::ptr_eq(other, &self.0.spec);
+        self.0.world.lock().store(&self.0.spec.name).looked_ahead.retain(is_other);
     }
 }
 
@@ -132,9 +133,15 @@ impl Doing {
         Alone(self)
     }
 
-    /// Begins a look ahead, of which there is one at a time.
+    /// Begins a look ahead, of which there is one at a time for a specification.
     fn look(&self) -> Look<'_> {
-        if std::mem::replace(&mut self.world.lock().store(self.name()).is_looked_ahead, true) {
+        let mut world = self.world.lock();
+        let looked_ahead = &mut world.store(self.name()).looked_ahead;
+        let is_same = |other: &Arc<StoreSpec>| !other.needs_restart_for(&self.spec);
+        let are_two = looked_ahead.iter().any(is_same);
+        looked_ahead.push(Arc::clone(&self.spec));
+        drop(world);
+        if are_two {
             self.world.blame(format!("{}: two look ahead at a time", self.name()));
         }
         Look(self)
@@ -199,7 +206,15 @@ impl Doing {
         let _alone = self.alone("start");
         self.having_seen("start", |seen| *seen == MountState::Absent);
         self.step(Spot::Records).await?;
-        self.world.lock().store(self.name()).record = Some(Arc::clone(&self.spec));
+        {
+            let mut world = self.world.lock();
+            let store = world.store(self.name());
+            store.record = Some(Arc::clone(&self.spec));
+            let is_another = |was: &Arc<StoreSpec>| was.needs_restart_for(&self.spec);
+            if store.cannot_change && store.was_up_as.as_ref().is_some_and(is_another) {
+                return Err(failed("its directories are not there"));
+            }
+        }
         drop(lock);
         self.step(Spot::Upper).await?;
         let lock = self.lock().await?;
@@ -222,6 +237,7 @@ impl Doing {
             world.is_another(self.name());
             let store = world.store(self.name());
             store.unit = true;
+            store.was_up_as = Some(Arc::clone(&self.spec));
             store.stale.clear();
             (store.behind, store.lost, store.right) = (false, false, Some(version));
         }

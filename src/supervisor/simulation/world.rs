@@ -79,8 +79,10 @@ pub(super) struct Store {
     pub(super) may_be_emptied: bool,
     /// The directories of its next specification are not there, or not its own.
     pub(super) cannot_change: bool,
-    /// Somebody looks whether they are.
-    pub(super) is_looked_ahead: bool,
+    /// The specification with which it was up last.
+    pub(super) was_up_as: Option<Arc<StoreSpec>>,
+    /// The specifications of which somebody looks whether they are.
+    pub(super) looked_ahead: Vec<Arc<StoreSpec>>,
 }
 
 /// All that there is.
