@@ -28,19 +28,20 @@ in
         upperLayer = "/srv/above/upper";
         workDir = "/srv/above/work";
       };
-      ghosts = {
-        lowerStore = "/srv/base";
-        root = "/srv/ghosts/root";
-        upperLayer = "/srv/ghosts/upper";
-        workDir = "/srv/ghosts/work";
-        owner = "ghost";
-      };
       hung = {
         lowerStore = "/srv/fuse";
         root = "/srv/hung/root";
         upperLayer = "/srv/hung/upper";
         workDir = "/srv/hung/work";
       };
+    };
+    # The option would say that there is no such user in this configuration.
+    services.layeredStores.settings.stores.ghosts = {
+      lower-store = "/srv/base";
+      root = "/srv/ghosts/root";
+      upper-layer = "/srv/ghosts/upper";
+      work-dir = "/srv/ghosts/work";
+      owner = "ghost";
     };
   };
 

@@ -200,9 +200,9 @@ impl Engine {
         self.entries.values_mut().filter(is_on_it).for_each(Entry::try_again);
     }
 
-    /// What is tried again later is so at once: it may have failed because another store had one of its directories.
-    pub(super) fn directories_are_free(&mut self) {
-        let waits = |entry: &&mut Entry| matches!(entry.phase, Phase::Failed { .. }) && entry.retries.due().is_some();
+    /// What has failed for want of a directory that another store had is tried again at once.
+    pub(super) fn are_free(&mut self, are_of: impl Fn(&StoreSpec) -> bool) {
+        let waits = |entry: &&mut Entry| matches!(entry.phase, Phase::Failed { .. }) && are_of(&entry.spec);
         self.entries.values_mut().filter(waits).for_each(Entry::try_again);
     }
 
@@ -215,17 +215,19 @@ impl Engine {
         }
         match why {
             Release::Respecify => {
+                let was = Arc::clone(&entry.spec);
                 entry.respecify();
                 entry.down();
                 entry.try_again();
                 let entry = &self.entries[name];
                 self.register(entry);
-                self.directories_are_free();
+                self.are_free(|spec| spec.name != was.name && spec.shares_directories_with(&was));
             }
             // Declared again in the meantime: it stays.
             Release::Forget if entry.want != Want::Gone => entry.down(),
             Release::Forget => {
-                self.directories_are_free();
+                let was = Arc::clone(&entry.spec);
+                self.are_free(|spec| spec.name != was.name && spec.shares_directories_with(&was));
                 let Some(entry) = self.entries.get_mut(name) else { return };
                 answer(std::mem::take(&mut entry.waiting.stopping), &Ok(()));
                 let error = Error::NoSuchStore(name.to_string());

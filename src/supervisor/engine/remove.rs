@@ -158,9 +158,9 @@ impl Engine {
         }
         if let Some(removing) = self.removing.remove(name) {
             answer(removing.waiting, result);
+            // It may be declared again, and wait for this.
+            self.are_free(|spec| spec.is_of(name, &removing.directory));
         }
-        // It may be declared again, and wait for this.
-        self.directories_are_free();
         self.look_soon();
     }
 
