@@ -383,6 +383,11 @@ impl Entry {
         }
     }
 
+    /// Whether it is to go down and could not the last time, or has got stuck.
+    pub(super) fn is_in_the_way(&self) -> bool {
+        self.is_to_go() && (self.cannot_go() || self.stuck.is_some() || self.has(Problem::Busy))
+    }
+
     /// Whether it is to go down, for good or for another specification.
     pub(super) fn is_to_go(&self) -> bool {
         self.want == Want::Gone || self.next.is_some()
@@ -455,10 +460,13 @@ impl Entry {
         if self.stuck.is_some() {
             return true;
         }
+        // That takes no longer than looks do.
+        if self.is_considered() {
+            return false;
+        }
         let at_goal = match self.want {
             // What could be done about it at once was planned before this is asked.
             _ if matches!(self.phase, Phase::Failed { .. }) => true,
-            _ if self.is_considered() => false,
             Want::Up => self.next.is_none() && self.phase != Phase::Inactive && !self.is_to_be_served(),
             Want::Down => self.next.is_none() && self.phase != Phase::Active,
             Want::Gone => false,

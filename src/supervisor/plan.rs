@@ -131,7 +131,9 @@ pub(super) enum Failure {
 /// Decides. Deciding again after the step was carried out converges to [`Step::Rest`].
 pub(super) fn plan(view: &View<'_>) -> Step {
     let given_up = |failure: Failure| {
-        if *view.phase == (Phase::Failed { seen: view.mount.clone() }) { Step::Rest } else { Step::Fail(failure) }
+        // Whoever has it tried again hears so again.
+        let is_so = *view.phase == (Phase::Failed { seen: view.mount.clone() }) && !view.retry;
+        if is_so { Step::Rest } else { Step::Fail(failure) }
     };
     // What was in the way of a store that was given up on is gone.
     let is_free = matches!(view.phase, Phase::Failed { seen } if seen != view.mount);
@@ -297,7 +299,7 @@ mod tests {
                         }
                     }
                     Step::Respecify => (respecify, phase) = (false, Phase::Inactive),
-                    Step::Fail(_) => phase = Phase::Failed { seen: mount.clone() },
+                    Step::Fail(_) => (phase, retry) = (Phase::Failed { seen: mount.clone() }, false),
                 }
             }
             prop_assert!(false, "no rest");

@@ -27,8 +27,8 @@ impl Engine {
             return;
         }
         let changes: Vec<_> = names.iter().filter_map(|name| self.as_change(&self.entries[name])).collect();
-        let is_stuck = |entry: &&Entry| entry.is_to_go() && (entry.cannot_go() || entry.stuck.is_some());
-        let stuck: Vec<_> = self.entries.values().filter(is_stuck).map(|entry| &*entry.spec).collect();
+        let stuck: Vec<_> =
+            self.entries.values().filter(|entry| entry.is_in_the_way()).map(|entry| &*entry.spec).collect();
         let lower = |name: &StoreName| self.entries.get(name).map_or(Lower::Unavailable, |entry| self.state_of(entry));
         let mut staying = change::staying(&changes, &stuck, lower);
         for name in &names {

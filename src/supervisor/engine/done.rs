@@ -95,8 +95,10 @@ impl Engine {
             Done::Up(Err(error)) => {
                 entry.fail(error.problem(), error.to_string());
                 entry.retries.later(now);
-                let failed = Err(Error::StartFailed(name.clone(), error.to_string()));
-                answer(std::mem::take(&mut entry.waiting.starting), &failed);
+                if !entry.is_considered() {
+                    let failed = Err(Error::StartFailed(name.clone(), error.to_string()));
+                    answer(std::mem::take(&mut entry.waiting.starting), &failed);
+                }
             }
             Done::Stopped(Ok(())) => {
                 tracing::info!(store = %name, "{name}: stopped");

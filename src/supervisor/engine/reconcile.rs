@@ -265,7 +265,7 @@ impl Engine {
         };
         match self.entries.values().find(has_one) {
             None => Occupied::No,
-            Some(other) if other.is_to_go() && (other.cannot_go() || other.stuck.is_some()) => Occupied::By(format!(
+            Some(other) if other.is_in_the_way() => Occupied::By(format!(
                 "the store {0} has one of its directories and cannot go; see `layered-stores status {0}`",
                 other.spec.name
             )),

@@ -125,13 +125,14 @@ impl Entry {
         if !candidate.is_due() {
             return None;
         }
+        let other = self.looking.as_ref();
+        if other.is_some_and(|other| other.spec.needs_restart_for(&candidate.spec) && other.silent_at() > now) {
+            // Of another specification; it comes back, or is waited for no longer.
+            return None;
+        }
         candidate.is_looked_at = true;
-        // What hangs of another specification says nothing about this one.
-        let is_free = self
-            .looking
-            .as_ref()
-            .is_none_or(|looking| looking.silent_at() <= now && looking.spec.needs_restart_for(&candidate.spec));
-        is_free.then(|| Arc::clone(&candidate.spec))
+        let is_same = other.is_some_and(|other| !other.spec.needs_restart_for(&candidate.spec));
+        (!is_same).then(|| Arc::clone(&candidate.spec))
     }
 
     /// Follows a look ahead that has begun.
@@ -147,7 +148,8 @@ impl Entry {
     /// When a look ahead is waited for no longer, or made again.
     pub(in crate::supervisor) fn candidate_due(&self) -> Option<Instant> {
         let candidate = self.candidate.as_ref()?;
-        let silent_at = self.looking.as_ref().filter(|_| candidate.is_looked_at).map(Looking::silent_at);
+        let waits = candidate.is_looked_at || candidate.is_due();
+        let silent_at = self.looking.as_ref().filter(|_| waits && self.has_something_to_lose()).map(Looking::silent_at);
         silent_at.or(candidate.retries.due())
     }
 

@@ -97,6 +97,8 @@ fn a_look_that_does_not_come_back_is_waited_for_once_and_no_other_begins_of_the_
     other.layers.options.clear();
     other.layers.upper = "/right".parse().expect("valid");
     entry.propose(Arc::new(other));
+    assert!(entry.begin_to_look(now + DEADLINE / 2).is_none() && entry.is_considered());
+    assert_eq!((entry.candidate_due(), entry.look_is_silent(now + DEADLINE)), (Some(now + DEADLINE), None));
     let second = entry.begin_to_look(now + DEADLINE).expect("of another declaration that says nothing");
     entry.looks_ahead(&second, &progress, now + DEADLINE);
     entry.look_came_back(&first, None, now + DEADLINE);

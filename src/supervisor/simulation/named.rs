@@ -210,6 +210,16 @@ fn a_store_that_failed_changes_at_once_and_a_change_of_mind_is_forgotten() {
 }
 
 #[test]
+fn a_store_that_is_covered_keeps_nobody_waiting_for_one_that_changes() {
+    let covered = vec![milliseconds(5000), MountForeign(2), milliseconds(1000)];
+    let changed = vec![Reload([noatime(AUTO), NO, AUTO]), milliseconds(30_000)];
+    see([AUTO, NO, AUTO], [covered, changed].concat(), |play| {
+        assert!(play.waiters.is_empty());
+        assert!(has(&status(play, 0), Problem::Busy), "{:?}", status(play, 0).problems);
+    });
+}
+
+#[test]
 fn a_removal_that_hangs_keeps_nobody_waiting() {
     let removed = vec![Hang(0), RemoveData(0), milliseconds(15_000)];
     let declared = vec![Reload([AUTO, AUTO, NO]), milliseconds(20_000)];
