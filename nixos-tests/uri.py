@@ -79,6 +79,8 @@ with subtest("What has no URL has one that no Nix opens, which says where to loo
     refused("layered-stores url ci", "uri", code=2)
     refused("layered-stores", "Usage", code=2)
     refused("layered-stores uri --daemon plain", "has no Nix daemon of its own")
+    # Not even what it takes to ask anybody.
+    refused("sh -c 'ulimit -n 4; exec layered-stores uri ci'", "Too many open files")
 
 with subtest("A store that is not active is no store to open"):
     said = 'store "plain" is inactive, and Nix cannot use it; start it'

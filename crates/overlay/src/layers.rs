@@ -21,7 +21,7 @@ use rustix::{
 };
 
 use self::{
-    accounts::{resolve_owner, resolve_user},
+    accounts::{BuildUsers, resolve_owner, resolve_user},
     others::{refuse_lower_of_others, refuse_state_of_others, refuse_writers},
 };
 use super::{
@@ -41,14 +41,15 @@ use super::{
 /// # Errors
 /// [`LayersError`]; directories made so far stay.
 pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks), LayersError> {
-    let owner = resolve_owner(spec)?;
-    require_lower(spec, owner)?;
+    let build_users = BuildUsers::of(spec);
+    let owner = resolve_owner(spec, &build_users)?;
+    require_lower(spec, owner, &build_users)?;
     match &spec.ephemeral {
         Some(wanted) => ephemeral::ensure(wanted)?,
         None => refuse_left_over(spec)?,
     }
     let (upper, state) = identity::expected(spec, known);
-    let directories = make_upper(spec, owner, &upper)?;
+    let directories = make_upper(spec, owner, &build_users, &upper)?;
     let lock = UpperLock::take(&spec.layers.upper)?;
     mark::refuse_half_removed(spec)?;
     let state_dir = prepare_root(spec, owner, &state)?;
@@ -70,11 +71,12 @@ pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks),
 /// # Errors
 /// [`LayersError`], as of [`prepare`].
 pub fn look_ahead(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError> {
-    let owner = resolve_owner(spec)?;
+    let build_users = BuildUsers::of(spec);
+    let owner = resolve_owner(spec, &build_users)?;
     // That of a layered store is there when that is up.
     let is_layered = spec.lower_name().is_some();
     if !is_layered {
-        require_lower(spec, owner)?;
+        require_lower(spec, owner, &build_users)?;
     }
     match &spec.ephemeral {
         Some(wanted) => ephemeral::look_ahead(wanted)?,
@@ -83,7 +85,7 @@ pub fn look_ahead(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError>
     identity::require(spec, known)?;
     match Directories::open(&spec.layers) {
         Ok(directories) => {
-            check_upper(&directories, spec, owner)?;
+            check_upper(&directories, spec, owner, &build_users)?;
             refuse_strange_work(directories.work.as_fd(), &spec.layers.work)
         }
         Err(LayersError::Sys { errno: Errno::NOENT, .. }) => Ok(()),
@@ -92,9 +94,9 @@ pub fn look_ahead(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError>
     }
 }
 
-fn require_lower(spec: &StoreSpec, owner: Owner) -> Result<(), LayersError> {
+fn require_lower(spec: &StoreSpec, owner: Owner, build_users: &BuildUsers<'_>) -> Result<(), LayersError> {
     if owner.uid.is_root() {
-        refuse_writers(spec, owner.gid, owner.mode)?;
+        refuse_writers(spec, build_users, owner.gid, owner.mode)?;
     }
     open_lower(&spec.layers.lower).map_err(|error| match (error, &spec.lower_store) {
         (LayersError::LowerMissing(dir), LowerStore::Nix { url, .. }) if dir.as_str() == NIX_STORE_DIR => {
@@ -102,7 +104,7 @@ fn require_lower(spec: &StoreSpec, owner: Owner) -> Result<(), LayersError> {
         }
         (error, _) => error,
     })?;
-    if owner.uid.is_root() { refuse_lower_of_others(spec) } else { Ok(()) }
+    if owner.uid.is_root() { refuse_lower_of_others(spec, build_users) } else { Ok(()) }
 }
 
 fn refuse_left_over(spec: &StoreSpec) -> Result<(), LayersError> {
@@ -257,13 +259,18 @@ fn open_lower(lower: &AbsolutePath) -> Result<OwnedFd, LayersError> {
 }
 
 /// Makes and checks upper layer and work dir.
-fn make_upper(spec: &StoreSpec, owner: Owner, upper: &Expected<'_>) -> Result<Directories, LayersError> {
+fn make_upper(
+    spec: &StoreSpec,
+    owner: Owner,
+    build_users: &BuildUsers<'_>,
+    upper: &Expected<'_>,
+) -> Result<Directories, LayersError> {
     let layers = &spec.layers;
     make_if_new("upper-layer", &layers.upper, owner, upper)?;
     let private = Owner { uid: Uid::from_raw(0), gid: Gid::from_raw(0), mode: Mode::from_raw_mode(0o700) };
     Walk::making("work-dir").make_owned(&layers.work, private)?;
     let directories = Directories::open(layers)?;
-    check_upper(&directories, spec, owner)?;
+    check_upper(&directories, spec, owner, build_users)?;
     check_xattrs(directories.work.as_fd(), &layers.upper)?;
     refuse_strange_work(directories.work.as_fd(), &layers.work)?;
     check_file_types(&layers.upper)?;
@@ -284,7 +291,12 @@ fn make_if_new(
 }
 
 /// Refuses an upper layer that is somebody else's: what is in it was not put there by who the configuration says.
-fn check_upper(directories: &Directories, spec: &StoreSpec, owner: Owner) -> Result<(), LayersError> {
+fn check_upper(
+    directories: &Directories,
+    spec: &StoreSpec,
+    owner: Owner,
+    build_users: &BuildUsers<'_>,
+) -> Result<(), LayersError> {
     let (key, path) = ("upper-layer", spec.layers.upper.clone());
     let stat = Walk::new(key).stat(directories.upper.as_fd(), path.as_str())?;
     let (found, wanted) = (stat.stx_uid, owner.uid.as_raw());
@@ -292,7 +304,7 @@ fn check_upper(directories: &Directories, spec: &StoreSpec, owner: Owner) -> Res
         return Err(LayersError::OtherOwner { key, path, found, wanted });
     }
     if owner.uid.is_root() {
-        refuse_writers(spec, Gid::from_raw(stat.stx_gid), Mode::from_raw_mode(stat.stx_mode.into()))?;
+        refuse_writers(spec, build_users, Gid::from_raw(stat.stx_gid), Mode::from_raw_mode(stat.stx_mode.into()))?;
     }
     Ok(())
 }

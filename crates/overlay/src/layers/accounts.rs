@@ -1,5 +1,7 @@
 //! Whom the directories of a store are for.
 
+use std::cell::OnceCell;
+
 use layered_stores_model::{BUILD_USERS, Ownership, StoreSpec};
 use nix::unistd::{Gid, Group, Uid, User};
 use rustix::fs::Mode;
@@ -13,12 +15,12 @@ const NIX_CONF: &str = "/etc/nix/nix.conf";
 /// The setting with the group of Nix's build users.
 const SETTING: &str = "build-users-group";
 
-pub(super) fn resolve_owner(spec: &StoreSpec) -> Result<Owner, LayersError> {
+pub(super) fn resolve_owner(spec: &StoreSpec, build_users: &BuildUsers<'_>) -> Result<Owner, LayersError> {
     // The name service may ask somebody over the network.
     progress::at(Spot::Accounts);
     let ownership = &spec.ownership;
     let (uid, own_gid) = resolve_user(ownership)?;
-    let builders = if uid.is_root() { build_users(spec)? } else { Vec::new() };
+    let builders = if uid.is_root() { build_users.gids()? } else { &[] };
     let gid = match &ownership.group {
         Some(name) => {
             let by_number = |id| Group::from_gid(Gid::from_raw(id));
@@ -31,8 +33,30 @@ pub(super) fn resolve_owner(spec: &StoreSpec) -> Result<Owner, LayersError> {
     Ok(Owner { uid, gid, mode: Mode::from_raw_mode(ownership.mode.unwrap_or(default_mode)) })
 }
 
-/// The groups of Nix's build users, whose members do nothing but build; that of a new directory comes first.
-pub(super) fn build_users(spec: &StoreSpec) -> Result<Vec<Gid>, LayersError> {
+/// The groups of Nix's build users, whose members do nothing but build. The name service is asked once, and only if somebody wants
+/// to know.
+pub(super) struct BuildUsers<'s> {
+    spec: &'s StoreSpec,
+    gids: OnceCell<Vec<Gid>>,
+}
+
+impl<'s> BuildUsers<'s> {
+    /// Those of who builds in a store.
+    pub(super) fn of(spec: &'s StoreSpec) -> Self {
+        Self { spec, gids: OnceCell::new() }
+    }
+
+    /// That of a new directory comes first.
+    pub(super) fn gids(&self) -> Result<&[Gid], LayersError> {
+        if let Some(gids) = self.gids.get() {
+            return Ok(gids);
+        }
+        let gids = build_users(self.spec)?;
+        Ok(self.gids.get_or_init(|| gids))
+    }
+}
+
+fn build_users(spec: &StoreSpec) -> Result<Vec<Gid>, LayersError> {
     progress::at(Spot::Accounts);
     let of_daemon = spec.daemon.as_ref().and_then(|daemon| daemon.settings.get(SETTING));
     let of_machine = std::fs::read_to_string(NIX_CONF).unwrap_or_default();

@@ -12,7 +12,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{LayersError, accounts::build_users, open_lower};
+use super::{LayersError, accounts::BuildUsers, open_lower};
 use crate::walk::Walk;
 
 /// What Nix goes through in a state directory.
@@ -30,23 +30,29 @@ pub(crate) fn refuse_others(spec: &StoreSpec) -> Result<(), LayersError> {
     let upper = &spec.layers.upper;
     let stat = rustix::fs::lstat(upper.as_path())
         .map_err(|errno| LayersError::sys("upper-layer", "look at", upper.as_str(), errno))?;
-    refuse_writers(spec, Gid::from_raw(stat.st_gid), Mode::from_raw_mode(stat.st_mode))?;
+    let build_users = BuildUsers::of(spec);
+    refuse_writers(spec, &build_users, Gid::from_raw(stat.st_gid), Mode::from_raw_mode(stat.st_mode))?;
     refuse_state_of_others(spec)?;
-    refuse_lower_of_others(spec)
+    refuse_lower_of_others(spec, &build_users)
 }
 
 /// Refuses an upper layer of root's that others can write to, with a group and a mode that it has or is to get. Nix gives it to
 /// its build users by itself.
-pub(super) fn refuse_writers(spec: &StoreSpec, gid: Gid, mode: Mode) -> Result<(), LayersError> {
-    if !are_for_others(spec, gid, mode)? {
+pub(super) fn refuse_writers(
+    spec: &StoreSpec,
+    build_users: &BuildUsers<'_>,
+    gid: Gid,
+    mode: Mode,
+) -> Result<(), LayersError> {
+    if !are_for_others(build_users, gid, mode)? {
         return Ok(());
     }
     let mode = mode.as_raw_mode() & 0o7777;
     Err(LayersError::UpperForOthers { path: spec.layers.upper.clone(), gid: gid.as_raw(), mode })
 }
 
-fn are_for_others(spec: &StoreSpec, gid: Gid, mode: Mode) -> Result<bool, LayersError> {
-    Ok(mode.contains(Mode::WOTH) || mode.contains(Mode::WGRP) && !build_users(spec)?.contains(&gid))
+fn are_for_others(build_users: &BuildUsers<'_>, gid: Gid, mode: Mode) -> Result<bool, LayersError> {
+    Ok(mode.contains(Mode::WOTH) || mode.contains(Mode::WGRP) && !build_users.gids()?.contains(&gid))
 }
 
 /// Refuses a state directory of root's that others can change.
@@ -59,7 +65,7 @@ pub(super) fn refuse_state_of_others(spec: &StoreSpec) -> Result<(), LayersError
 }
 
 /// Refuses a lower store whose directories others can change in which root's Nix works.
-pub(super) fn refuse_lower_of_others(spec: &StoreSpec) -> Result<(), LayersError> {
+pub(super) fn refuse_lower_of_others(spec: &StoreSpec, build_users: &BuildUsers<'_>) -> Result<(), LayersError> {
     // A layered store is looked at by itself.
     let LowerStore::Nix { state_dir, .. } = &spec.lower_store else { return Ok(()) };
     let refuse = |dir: &AbsolutePath, Changeable { at, uid, mode }| {
@@ -69,7 +75,7 @@ pub(super) fn refuse_lower_of_others(spec: &StoreSpec) -> Result<(), LayersError
     let found = open_lower(lower)?;
     let stat = walk.stat(found.as_fd(), lower.as_str())?;
     let mode = Mode::from_raw_mode(stat.stx_mode.into());
-    let is_changeable = stat.stx_uid != 0 || are_for_others(spec, Gid::from_raw(stat.stx_gid), mode)?;
+    let is_changeable = stat.stx_uid != 0 || are_for_others(build_users, Gid::from_raw(stat.stx_gid), mode)?;
     if is_changeable && !is_read_only(&found) {
         let mode = mode.as_raw_mode() & 0o7777;
         return refuse(lower, Changeable { at: lower.to_string(), uid: stat.stx_uid, mode });
