@@ -96,6 +96,8 @@ pub(super) struct Entry {
     pub(super) waiting: Waiting,
     problems: BTreeMap<Problem, String>,
     pub(super) owner_uid: u32,
+    /// Whether it was looked, since it is up, whom its directories belong to.
+    pub(super) owner_seen: bool,
     pub(super) cell: StatusCell,
     /// How far what is being done about it has come.
     errands: Vec<Weak<dyn Follow>>,
@@ -144,6 +146,7 @@ impl Entry {
             waiting: Waiting::default(),
             problems: BTreeMap::new(),
             owner_uid: 0,
+            owner_seen: false,
             errands: Vec::new(),
             stuck: None,
             whereabouts: Whereabouts::default(),
@@ -256,6 +259,7 @@ impl Entry {
         self.mounted = None;
         self.refreshes.forget();
         self.serving.forget();
+        self.owner_seen = false;
         self.whereabouts = Whereabouts::default();
         self.rooms = Rooms::default();
         self.hold_at = None;

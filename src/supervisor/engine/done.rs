@@ -65,6 +65,7 @@ impl Engine {
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.forget_ended();
         if let Done::OwnerSeen(wrong) = done {
+            entry.owner_seen = true;
             if wrong.is_some() != entry.has(Problem::OtherOwner) {
                 // Its Nix daemon goes, or comes back.
                 entry.serving.disturbed();
@@ -151,7 +152,10 @@ impl Engine {
     }
 
     pub(super) fn is_up(&mut self, name: &StoreName, up: Up, adopted: bool) {
-        self.look_at_owner(name);
+        if adopted {
+            // One that was started was looked at for that; it is looked at with the room that it has.
+            self.look_at_owner(name);
+        }
         let Some(entry) = self.entries.get_mut(name) else { return };
         let how = if adopted { "adopted" } else { "mounted" };
         tracing::info!(store = %name, adopted, "{name}: active, {how} at {}", entry.spec.layers.merged);

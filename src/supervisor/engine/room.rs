@@ -35,7 +35,11 @@ impl Engine {
         let wrong = describe(&*self.machine, entry, room);
         entry.rooms.seen(wrong, Instant::now());
         entry.look_at_room();
+        let owner_seen = entry.owner_seen;
         self.publish(name);
+        if !owner_seen {
+            self.look_at_owner(name);
+        }
     }
 }
 
