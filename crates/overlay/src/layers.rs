@@ -54,7 +54,7 @@ pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks),
     mark::refuse_half_removed(spec)?;
     let state_dir = prepare_root(spec, owner, &state)?;
     if owner.uid.is_root() {
-        refuse_state_of_others(spec)?;
+        refuse_state_of_others(spec, state_dir.as_fd())?;
     }
     // What is mounted may have changed since nothing was there to compare.
     let (upper_dir, state_dir) = (directories.upper.as_fd(), state_dir.as_fd());
@@ -98,13 +98,13 @@ fn require_lower(spec: &StoreSpec, owner: Owner, build_users: &BuildUsers<'_>) -
     if owner.uid.is_root() {
         refuse_writers(spec, build_users, owner.gid, owner.mode)?;
     }
-    open_lower(&spec.layers.lower).map_err(|error| match (error, &spec.lower_store) {
+    let lower = open_lower(&spec.layers.lower).map_err(|error| match (error, &spec.lower_store) {
         (LayersError::LowerMissing(dir), LowerStore::Nix { url, .. }) if dir.as_str() == NIX_STORE_DIR => {
             LayersError::NixUnused { dir, url: url.clone() }
         }
         (error, _) => error,
     })?;
-    if owner.uid.is_root() { refuse_lower_of_others(spec, build_users) } else { Ok(()) }
+    if owner.uid.is_root() { refuse_lower_of_others(spec, &lower, build_users) } else { Ok(()) }
 }
 
 fn refuse_left_over(spec: &StoreSpec) -> Result<(), LayersError> {

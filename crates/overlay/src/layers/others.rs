@@ -3,7 +3,7 @@
 //! in; in a state directory it makes files and directories, of a lower store with `read-only=true` as well
 //! (`LocalStore::LocalStore`).
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use layered_stores_model::{AbsolutePath, LowerStore, StoreSpec};
 use nix::unistd::Gid;
@@ -25,6 +25,13 @@ struct Changeable {
     mode: u32,
 }
 
+impl Changeable {
+    fn of_state(self, spec: &StoreSpec) -> LayersError {
+        let Self { at, uid, mode } = self;
+        LayersError::StateForOthers { dir: spec.state_dir.clone(), at, uid, mode }
+    }
+}
+
 /// Refuses a store of root's of which others can change what root's Nix follows.
 pub(crate) fn refuse_others(spec: &StoreSpec) -> Result<(), LayersError> {
     let upper = &spec.layers.upper;
@@ -32,8 +39,10 @@ pub(crate) fn refuse_others(spec: &StoreSpec) -> Result<(), LayersError> {
         .map_err(|errno| LayersError::sys("upper-layer", "look at", upper.as_str(), errno))?;
     let build_users = BuildUsers::of(spec);
     refuse_writers(spec, &build_users, Gid::from_raw(stat.st_gid), Mode::from_raw_mode(stat.st_mode))?;
-    refuse_state_of_others(spec)?;
-    refuse_lower_of_others(spec, &build_users)
+    if let Some(changeable) = changeable(Walk::new("root"), &spec.state_dir)? {
+        return Err(changeable.of_state(spec));
+    }
+    refuse_lower_of_others(spec, &open_lower(&spec.layers.lower)?, &build_users)
 }
 
 /// Refuses an upper layer of root's that others can write to, with a group and a mode that it has or is to get. Nix gives it to
@@ -55,28 +64,30 @@ fn are_for_others(build_users: &BuildUsers<'_>, gid: Gid, mode: Mode) -> Result<
     Ok(mode.contains(Mode::WOTH) || mode.contains(Mode::WGRP) && !build_users.gids()?.contains(&gid))
 }
 
-/// Refuses a state directory of root's that others can change.
-pub(super) fn refuse_state_of_others(spec: &StoreSpec) -> Result<(), LayersError> {
-    let dir = &spec.state_dir;
-    match changeable(Walk::new("root"), dir)? {
+/// Refuses a state directory of root's, to which was walked, that others can change.
+pub(super) fn refuse_state_of_others(spec: &StoreSpec, state_dir: BorrowedFd<'_>) -> Result<(), LayersError> {
+    match changeable_in(Walk::new("root"), state_dir, &spec.state_dir)? {
         None => Ok(()),
-        Some(Changeable { at, uid, mode }) => Err(LayersError::StateForOthers { dir: dir.clone(), at, uid, mode }),
+        Some(changeable) => Err(changeable.of_state(spec)),
     }
 }
 
-/// Refuses a lower store whose directories others can change in which root's Nix works.
-pub(super) fn refuse_lower_of_others(spec: &StoreSpec, build_users: &BuildUsers<'_>) -> Result<(), LayersError> {
+/// Refuses a lower store whose directories others can change in which root's Nix works. To that of its objects was walked.
+pub(super) fn refuse_lower_of_others(
+    spec: &StoreSpec,
+    found: &OwnedFd,
+    build_users: &BuildUsers<'_>,
+) -> Result<(), LayersError> {
     // A layered store is looked at by itself.
     let LowerStore::Nix { state_dir, .. } = &spec.lower_store else { return Ok(()) };
     let refuse = |dir: &AbsolutePath, Changeable { at, uid, mode }| {
         Err(LayersError::LowerForOthers { dir: dir.clone(), at, uid, mode })
     };
     let (walk, lower) = (Walk::new("lower-store"), &spec.layers.lower);
-    let found = open_lower(lower)?;
     let stat = walk.stat(found.as_fd(), lower.as_str())?;
     let mode = Mode::from_raw_mode(stat.stx_mode.into());
     let is_changeable = stat.stx_uid != 0 || are_for_others(build_users, Gid::from_raw(stat.stx_gid), mode)?;
-    if is_changeable && !is_read_only(&found) {
+    if is_changeable && !is_read_only(found.as_fd()) {
         let mode = mode.as_raw_mode() & 0o7777;
         return refuse(lower, Changeable { at: lower.to_string(), uid: stat.stx_uid, mode });
     }
@@ -88,43 +99,48 @@ pub(super) fn refuse_lower_of_others(spec: &StoreSpec, build_users: &BuildUsers<
 }
 
 /// On a filesystem that is mounted for reading nobody changes anything; what is in it is for who has mounted it to judge.
-fn is_read_only(dir: &OwnedFd) -> bool {
+fn is_read_only(dir: BorrowedFd<'_>) -> bool {
     rustix::fs::fstatvfs(dir).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
 /// What of a state directory, of those above it and of those in it that Nix goes through can be changed by others than root.
 fn changeable(walk: Walk, dir: &AbsolutePath) -> Result<Option<Changeable>, LayersError> {
-    let found = match walk.to(dir).and_then(|found| walk.check_own(found.as_fd(), dir).map(|_| found)) {
+    match walk.to(dir) {
+        Ok(found) => changeable_in(walk, found.as_fd(), dir),
         // Nix makes it, and so could whoever may make files above it.
         Err(LayersError::Sys { errno: Errno::NOENT, .. }) => {
-            return match dir.as_path().parent().and_then(|above| above.to_str()?.parse().ok()) {
+            match dir.as_path().parent().and_then(|above| above.to_str()?.parse().ok()) {
                 Some(above) => Ok(changeable(walk, &above)?.filter(|changeable| !is_in(&above, &changeable.at))),
                 None => Ok(None),
-            };
+            }
         }
-        Err(LayersError::UnsafeParent { at, uid, mode, .. }) => return Ok(Some(Changeable { at, uid, mode })),
-        Err(LayersError::SharedParent { directory: at, mode, .. }) => {
-            return Ok(Some(Changeable { at, uid: 0, mode }));
-        }
+        Err(LayersError::UnsafeParent { at, uid, mode, .. }) => Ok(Some(Changeable { at, uid, mode })),
+        Err(LayersError::SharedParent { directory: at, mode, .. }) => Ok(Some(Changeable { at, uid: 0, mode })),
+        Err(error) => Err(error),
+    }
+}
+
+fn changeable_in(walk: Walk, found: BorrowedFd<'_>, dir: &AbsolutePath) -> Result<Option<Changeable>, LayersError> {
+    match walk.check_own(found, dir) {
         Err(LayersError::NotRoots { path, uid, mode, .. }) => {
             return Ok(Some(Changeable { at: path.to_string(), uid, mode }));
         }
-        found => found?,
+        own => own?,
     };
-    if is_read_only(&found) {
+    if is_read_only(found) {
         return Ok(None);
     }
     for name in FOLLOWED {
-        let at = format!("{dir}/{name}");
-        let stat = match rustix::fs::statat(&found, name, AtFlags::SYMLINK_NOFOLLOW) {
+        let at = || format!("{dir}/{name}");
+        let stat = match rustix::fs::statat(found, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
             Err(Errno::NOENT) => continue,
-            Err(errno) => return Err(LayersError::sys("root", "look at", &at, errno)),
+            Err(errno) => return Err(LayersError::sys("root", "look at", at(), errno)),
         };
         // A link has all rights, and leads where root has it lead.
         let is_link = FileType::from_raw_mode(stat.st_mode) == FileType::Symlink;
         if stat.st_uid != 0 || (!is_link && stat.st_mode & 0o022 != 0) {
-            return Ok(Some(Changeable { at, uid: stat.st_uid, mode: stat.st_mode & 0o7777 }));
+            return Ok(Some(Changeable { at: at(), uid: stat.st_uid, mode: stat.st_mode & 0o7777 }));
         }
     }
     Ok(None)
