@@ -369,53 +369,8 @@ impl Entry {
         is_failed && !self.retries.is_allowed()
     }
 
-    /// Whether it is to go down for another specification.
-    pub(super) fn respecifies(&self) -> bool {
-        self.next.is_some()
-    }
-
-    /// Whether that is so, or not known yet.
-    pub(super) fn may_respecify(&self) -> bool {
-        self.respecifies() || self.is_considered()
-    }
-
-    /// Whether it is up as it was declared before, or would be if nothing was in the way.
-    pub(super) fn has_something_to_lose(&self) -> bool {
-        match self.mount {
-            MountState::Mounted { .. } | MountState::Covered(_) => true,
-            MountState::Absent | MountState::Foreign { .. } => self.was_up && self.want == Want::Up,
-        }
-    }
-
-    /// Whether it is to go down and could not the last time, or has got stuck.
-    pub(super) fn is_in_the_way(&self) -> bool {
-        self.is_to_go() && (self.cannot_go() || self.stuck.is_some() || self.has(Problem::Busy))
-    }
-
-    /// Whether it is to go down, for good or for another specification.
-    pub(super) fn is_to_go(&self) -> bool {
-        self.want == Want::Gone || self.next.is_some()
-    }
-
     pub(super) fn is_mounted(&self) -> bool {
         matches!(self.mount, MountState::Mounted { .. })
-    }
-
-    /// Puts the waiting specification in force, with which it was not up yet.
-    pub(super) fn respecify(&mut self) {
-        if let Some(next) = self.next.take() {
-            self.spec = next;
-            self.was_up = false;
-        }
-    }
-
-    /// Puts the waiting specification in force for a mount that somebody else has made, if it is of the same directories: with
-    /// which options that is mounted is theirs to change.
-    pub(super) fn take_next_in_place(&mut self) {
-        let is_mounted = self.is_mounted();
-        if let Some(next) = self.next.take_if(|next| is_mounted && next.layers.are_at(&self.spec.layers)) {
-            self.spec = next;
-        }
     }
 
     /// What is being done about it, as far as that matters to its neighbours.

@@ -11,7 +11,7 @@ use crate::supervisor::{
     operation::OperationError,
     plan::{
         Lower,
-        change::{self, Change},
+        change::{self, Change, Found},
     },
 };
 
@@ -20,11 +20,11 @@ impl Engine {
     pub(super) fn consider(&mut self, now: Instant) {
         let names: Vec<_> =
             self.entries.iter().filter(|(_, entry)| entry.candidate.is_some()).map(|(name, _)| name.clone()).collect();
-        for name in &names {
-            self.look_ahead(name, now);
-        }
         if names.is_empty() {
             return;
+        }
+        for name in &names {
+            self.look_ahead(name, now);
         }
         let changes: Vec<_> = names.iter().filter_map(|name| self.as_change(&self.entries[name])).collect();
         let stuck: Vec<_> =
@@ -43,9 +43,9 @@ impl Engine {
         let is_up = entry.has_something_to_lose();
         let is_theirs = is_up && entry.is_mounted() && !self.machine.is_ours(&entry.spec.mount_unit);
         let found = if is_theirs && !candidate.spec.layers.are_at(&entry.spec.layers) {
-            candidate.not_ours()
+            Found::Wrong("its mount was not made by the daemon, and stays; unmount it by hand".to_owned())
         } else {
-            candidate.found()
+            candidate.found.clone()
         };
         Some(Change { now: &entry.spec, then: &candidate.spec, is_up, found })
     }

@@ -65,19 +65,7 @@ impl Engine {
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.forget_ended();
         if let Done::OwnerSeen(wrong) = done {
-            entry.owner_seen = true;
-            if wrong.is_some() != entry.has(Problem::OtherOwner) {
-                // Its Nix daemon goes, or comes back.
-                entry.serving.disturbed();
-                entry.serving.at_once();
-                self.look_soon();
-            }
-            let Some(entry) = self.entries.get_mut(name) else { return };
-            match wrong {
-                Some(message) => entry.problem(Problem::OtherOwner, message),
-                None => entry.clear(&[Problem::OtherOwner]),
-            }
-            self.publish(name);
+            self.has_seen_owner(name, wrong);
             return;
         }
         if let Done::RoomSeen(room) = done {
@@ -171,7 +159,7 @@ impl Engine {
         }
         self.is_held(name, Ok(up.held));
         let now = Instant::now();
-        for above in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
+        for above in self.lying_on(name) {
             above.try_again();
             // One that was up all the time goes on with the superblock that was there before.
             if above.phase == Phase::Active || above.op == Some(Op::Adopt) {
@@ -202,14 +190,23 @@ impl Engine {
         if let Some(entry) = self.entries.get_mut(name) {
             entry.want(Want::Up);
         }
-        let is_on_it = |entry: &&mut Entry| entry.spec.lower_name() == Some(name);
-        self.entries.values_mut().filter(is_on_it).for_each(Entry::try_again);
+        self.lying_on(name).for_each(Entry::try_again);
+    }
+
+    /// The stores that lie on a store, whether they are up or not.
+    pub(super) fn lying_on(&mut self, name: &StoreName) -> impl Iterator<Item = &mut Entry> {
+        let is_on_it = move |entry: &&mut Entry| entry.spec.lower_name() == Some(name);
+        self.entries.values_mut().filter(is_on_it)
     }
 
     /// What has failed for want of a directory that another store had is tried again at once.
     pub(super) fn are_free(&mut self, are_of: impl Fn(&StoreSpec) -> bool) {
         let waits = |entry: &&mut Entry| matches!(entry.phase, Phase::Failed { .. }) && are_of(&entry.spec);
         self.entries.values_mut().filter(waits).for_each(Entry::try_again);
+    }
+
+    fn has_left(&mut self, was: &StoreSpec) {
+        self.are_free(|spec| spec.name != was.name && spec.shares_directories_with(was));
     }
 
     pub(super) fn is_released(&mut self, name: &StoreName, result: Result<(), OperationError>, why: Release) {
@@ -227,13 +224,13 @@ impl Engine {
                 entry.try_again();
                 let entry = &self.entries[name];
                 self.register(entry);
-                self.are_free(|spec| spec.name != was.name && spec.shares_directories_with(&was));
+                self.has_left(&was);
             }
             // Declared again in the meantime: it stays.
             Release::Forget if entry.want != Want::Gone => entry.down(),
             Release::Forget => {
                 let was = Arc::clone(&entry.spec);
-                self.are_free(|spec| spec.name != was.name && spec.shares_directories_with(&was));
+                self.has_left(&was);
                 let Some(entry) = self.entries.get_mut(name) else { return };
                 answer(std::mem::take(&mut entry.waiting.stopping), &Ok(()));
                 let error = Error::NoSuchStore(name.to_string());

@@ -85,9 +85,8 @@ impl Engine {
         let hidden: Vec<_> =
             self.entries.iter().filter_map(|(name, entry)| Some((name.clone(), cover(entry)?))).collect();
         for (name, cover) in hidden {
-            let is_on_it = |entry: &&mut Entry| entry.spec.lower_name() == Some(&name);
-            for above in self.entries.values_mut().filter(is_on_it) {
-                if matches!(above.mount, MountState::Mounted { .. }) {
+            for above in self.lying_on(&name) {
+                if above.is_mounted() {
                     above.mount = MountState::Covered(cover.clone());
                 }
             }
@@ -280,12 +279,11 @@ impl Engine {
     /// What the stores mean for a store that lie on it and are mounted, or may be.
     fn carries(&self, name: &StoreName) -> Carries {
         let Some(below) = self.entries.get(name) else { return Carries::Nothing };
-        let is_mounted = |entry: &Entry| matches!(entry.mount, MountState::Mounted { .. });
         let above = self.on_top_of(name).map(|entry| OnTop {
             want: entry.want,
             respecify: entry.may_respecify(),
             is_given_up: entry.is_given_up(),
-            is_not_ours: is_mounted(entry) && !self.machine.is_ours(&entry.spec.mount_unit),
+            is_not_ours: entry.is_mounted() && !self.machine.is_ours(&entry.spec.mount_unit),
             doing: entry.doing(),
         });
         stack::carries(below.want, above)

@@ -201,7 +201,7 @@ impl Engine {
     /// What lies on top of a store has looked at the old view, and after a swap refers to the old superblock.
     fn refresh_above(&mut self, name: &StoreName, changes: &Changes, from: Rung) {
         let now = Instant::now();
-        for entry in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
+        for entry in self.lying_on(name) {
             entry.refreshes.owed.demand(changes.clone(), from, now);
         }
     }
@@ -232,6 +232,26 @@ impl Engine {
         let Some(entry) = self.entries.get(name) else { return };
         let (name, begun) = (name.clone(), self.machine.other_owner(&entry.spec));
         self.operations.spawn(async move { (name, Done::OwnerSeen(begun.result.await)) });
+    }
+
+    /// Takes what is wrong with that.
+    pub(super) fn has_seen_owner(&mut self, name: &StoreName, wrong: Option<String>) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.owner_seen = true;
+        let is_news = wrong.is_some() != entry.has(Problem::OtherOwner);
+        if is_news {
+            // Its Nix daemon goes, or comes back.
+            entry.serving.disturbed();
+            entry.serving.at_once();
+        }
+        match wrong {
+            Some(message) => entry.problem(Problem::OtherOwner, message),
+            None => entry.clear(&[Problem::OtherOwner]),
+        }
+        self.publish(name);
+        if is_news {
+            self.look_soon();
+        }
     }
 }
 

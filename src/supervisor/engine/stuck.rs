@@ -42,7 +42,7 @@ impl Engine {
         for name in &changed {
             self.publish(name);
             // Those on top of it are waited for no more, or may be started again.
-            for above in self.entries.values_mut().filter(|entry| entry.spec.lower_name() == Some(name)) {
+            for above in self.lying_on(name) {
                 above.try_again();
             }
         }

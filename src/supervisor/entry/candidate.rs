@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use layered_stores_model::StoreSpec;
-use layered_stores_overlay::progress::Spot;
+use layered_stores_overlay::{mountinfo::MountState, progress::Spot};
 use tokio::time::Instant;
 
 use super::{Entry, Retries};
 use crate::supervisor::{
     machine::Follow,
-    plan::change::{Found, Stay},
+    plan::{
+        Want,
+        change::{Found, Stay},
+    },
     status::Problem,
     threads::DEADLINE,
 };
@@ -18,9 +21,7 @@ use crate::supervisor::{
 #[derive(Debug)]
 pub(in crate::supervisor) struct Candidate {
     pub(in crate::supervisor) spec: Arc<StoreSpec>,
-    found: Found,
-    /// What is found of any that is elsewhere, where somebody else has mounted the store.
-    not_ours: Found,
+    pub(in crate::supervisor) found: Found,
     /// Somebody looks, or waits for an earlier look to do so.
     is_looked_at: bool,
     /// When it is looked at again.
@@ -31,17 +32,7 @@ pub(in crate::supervisor) struct Candidate {
 
 impl Candidate {
     pub(in crate::supervisor) fn new(spec: Arc<StoreSpec>) -> Self {
-        let not_ours = Found::Wrong("its mount was not made by the daemon, and stays; unmount it by hand".to_owned());
-        let (found, stay) = (Found::Nothing, Stay::ForNow);
-        Self { spec, found, not_ours, is_looked_at: false, retries: Retries::default(), stay }
-    }
-
-    pub(in crate::supervisor) fn found(&self) -> &Found {
-        &self.found
-    }
-
-    pub(in crate::supervisor) fn not_ours(&self) -> &Found {
-        &self.not_ours
+        Self { spec, found: Found::Nothing, is_looked_at: false, retries: Retries::default(), stay: Stay::ForNow }
     }
 
     /// Whether somebody should look.
@@ -201,6 +192,51 @@ impl Entry {
                 );
                 self.problem(Problem::NotApplied, message);
             }
+        }
+    }
+
+    /// Whether it is to go down for another specification.
+    pub(in crate::supervisor) fn respecifies(&self) -> bool {
+        self.next.is_some()
+    }
+
+    /// Whether that is so, or not known yet.
+    pub(in crate::supervisor) fn may_respecify(&self) -> bool {
+        self.respecifies() || self.is_considered()
+    }
+
+    /// Whether it is up as it was declared before, or would be if nothing was in the way.
+    pub(in crate::supervisor) fn has_something_to_lose(&self) -> bool {
+        match self.mount {
+            MountState::Mounted { .. } | MountState::Covered(_) => true,
+            MountState::Absent | MountState::Foreign { .. } => self.was_up && self.want == Want::Up,
+        }
+    }
+
+    /// Whether it is to go down and could not the last time, or has got stuck.
+    pub(in crate::supervisor) fn is_in_the_way(&self) -> bool {
+        self.is_to_go() && (self.cannot_go() || self.stuck.is_some() || self.has(Problem::Busy))
+    }
+
+    /// Whether it is to go down, for good or for another specification.
+    pub(in crate::supervisor) fn is_to_go(&self) -> bool {
+        self.want == Want::Gone || self.next.is_some()
+    }
+
+    /// Puts the waiting specification in force, with which it was not up yet.
+    pub(in crate::supervisor) fn respecify(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.spec = next;
+            self.was_up = false;
+        }
+    }
+
+    /// Puts the waiting specification in force for a mount that somebody else has made, if it is of the same directories: with
+    /// which options that is mounted is theirs to change.
+    pub(in crate::supervisor) fn take_next_in_place(&mut self) {
+        let is_mounted = self.is_mounted();
+        if let Some(next) = self.next.take_if(|next| is_mounted && next.layers.are_at(&self.spec.layers)) {
+            self.spec = next;
         }
     }
 }

@@ -16,7 +16,7 @@ impl Entry {
     pub(in crate::supervisor) fn look_at(&mut self, table: &MountTable) {
         let layers = &self.spec.layers;
         self.mount = table.state(layers);
-        if !matches!(self.mount, MountState::Mounted { .. }) {
+        if !self.is_mounted() {
             return;
         }
         if self.unconfirmed.is_some() {

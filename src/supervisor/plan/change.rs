@@ -28,7 +28,7 @@ pub(in crate::supervisor) struct Change<'a> {
     pub then: &'a StoreSpec,
     /// It is up, and has something to lose.
     pub is_up: bool,
-    pub found: &'a Found,
+    pub found: Found,
 }
 
 /// Why a store stays as it is.
@@ -120,7 +120,7 @@ mod tests {
         let pairs = now.iter().zip(&then).zip(found);
         let changes: Vec<_> = pairs
             .filter(|((now, then), _)| now.needs_restart_for(then))
-            .map(|((now, then), found)| Change { now, then, is_up: true, found })
+            .map(|((now, then), found)| Change { now, then, is_up: true, found: found.clone() })
             .collect();
         staying(&changes, &[], |_| below).into_iter().map(|(name, stay)| (name.to_string(), stay)).collect()
     }
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn what_is_down_has_nothing_to_lose() {
         let (now, then) = (specs(A_AND_C), specs(&A_AND_C.replace("/srv", "/srv/other")));
-        let change = Change { now: &now[0], then: &then[0], is_up: false, found: &Found::Nothing };
+        let change = Change { now: &now[0], then: &then[0], is_up: false, found: Found::Nothing };
         assert_eq!(staying(&[change], &[], |_| Lower::Unavailable), BTreeMap::new());
     }
 
@@ -205,7 +205,7 @@ mod tests {
             |c: &str| format!("[stores.c]\nlower-store = \"/srv\"\nupper-layer = \"/u/{c}\"\nwork-dir = \"/u/w{c}\"\n");
         let (now, then, other) =
             (specs(&text("c")), specs(&text("d")), specs(&text("d").replace("stores.c", "stores.x")));
-        let change = Change { now: &now[0], then: &then[0], is_up: true, found: &Found::Fine };
+        let change = Change { now: &now[0], then: &then[0], is_up: true, found: Found::Fine };
         let staying = staying(&[change], &[&other[0]], |_| Lower::Ready);
         let why = "x has one of its directories and cannot go; see `layered-stores status x`";
         assert_eq!(staying, [(now[0].name.clone(), because(why))].into());

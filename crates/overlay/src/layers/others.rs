@@ -107,28 +107,40 @@ fn is_read_only(dir: BorrowedFd<'_>) -> bool {
 fn changeable(walk: Walk, dir: &AbsolutePath) -> Result<Option<Changeable>, LayersError> {
     match walk.to(dir) {
         Ok(found) => changeable_in(walk, found.as_fd(), dir),
-        // Nix makes it, and so could whoever may make files above it.
-        Err(LayersError::Sys { errno: Errno::NOENT, .. }) => {
-            match dir.as_path().parent().and_then(|above| above.to_str()?.parse().ok()) {
-                Some(above) => Ok(changeable(walk, &above)?.filter(|changeable| !is_in(&above, &changeable.at))),
-                None => Ok(None),
+        Err(error) => changeable_above(walk, dir, error),
+    }
+}
+
+/// The same of what is above a directory to which a walk has failed. Nix makes what is missing, and so could whoever may make files
+/// in the last one that is there.
+fn changeable_above(walk: Walk, dir: &AbsolutePath, error: LayersError) -> Result<Option<Changeable>, LayersError> {
+    match error {
+        LayersError::Sys { errno: Errno::NOENT, .. } => {
+            let Some(above) = dir.as_path().parent().and_then(|above| above.to_str()?.parse().ok()) else {
+                return Ok(None);
+            };
+            match walk.to(&above) {
+                Ok(found) => not_roots(walk, found.as_fd(), &above),
+                Err(error) => changeable_above(walk, &above, error),
             }
         }
-        Err(LayersError::UnsafeParent { at, uid, mode, .. }) => Ok(Some(Changeable { at, uid, mode })),
-        Err(LayersError::SharedParent { directory: at, mode, .. }) => Ok(Some(Changeable { at, uid: 0, mode })),
-        Err(error) => Err(error),
+        LayersError::UnsafeParent { at, uid, mode, .. } => Ok(Some(Changeable { at, uid, mode })),
+        LayersError::SharedParent { directory: at, mode, .. } => Ok(Some(Changeable { at, uid: 0, mode })),
+        error => Err(error),
+    }
+}
+
+fn not_roots(walk: Walk, found: BorrowedFd<'_>, dir: &AbsolutePath) -> Result<Option<Changeable>, LayersError> {
+    match walk.check_own(found, dir) {
+        Err(LayersError::NotRoots { path, uid, mode, .. }) => Ok(Some(Changeable { at: path.to_string(), uid, mode })),
+        own => own.map(|_| None),
     }
 }
 
 fn changeable_in(walk: Walk, found: BorrowedFd<'_>, dir: &AbsolutePath) -> Result<Option<Changeable>, LayersError> {
-    match walk.check_own(found, dir) {
-        Err(LayersError::NotRoots { path, uid, mode, .. }) => {
-            return Ok(Some(Changeable { at: path.to_string(), uid, mode }));
-        }
-        own => own?,
-    };
-    if is_read_only(found) {
-        return Ok(None);
+    let itself = not_roots(walk, found, dir)?;
+    if itself.is_some() || is_read_only(found) {
+        return Ok(itself);
     }
     for name in FOLLOWED {
         let at = || format!("{dir}/{name}");
@@ -144,9 +156,4 @@ fn changeable_in(walk: Walk, found: BorrowedFd<'_>, dir: &AbsolutePath) -> Resul
         }
     }
     Ok(None)
-}
-
-/// Whether a path is one of those that Nix goes through, of a directory in which it looks for others.
-fn is_in(dir: &AbsolutePath, at: &str) -> bool {
-    FOLLOWED.iter().any(|name| at == format!("{dir}/{name}"))
 }
