@@ -1,4 +1,4 @@
-# Two stores, each with a Nix daemon: one belongs to a user, the other to root.
+# Stores with Nix daemons: one belongs to a user, the other two, one on the other, to root.
 {
   name = "layered-stores-owner";
 
@@ -20,6 +20,13 @@
       };
       sys = {
         lowerStore = "daemon";
+        daemon = {
+          enable = true;
+          allowedUsers = [ "alice" ];
+        };
+      };
+      top = {
+        lowerStore = "layered:sys";
         daemon = {
           enable = true;
           allowedUsers = [ "alice" ];

@@ -314,12 +314,18 @@ with subtest("Where others can put links for root's Nix to follow, there is none
         "(layered-stores status sys --json || true) | grep other-owner", timeout=60
     )
     machine.wait_until_fails("test -e /run/layered-stores/sys/daemon.sock", timeout=60)
-    machine.succeed("layered-stores stop sys")
+    # What lies on it works in it as well.
+    machine.wait_until_succeeds(
+        "(layered-stores status top --json || true) | grep 'the store sys underneath'", timeout=60
+    )
+    machine.wait_until_fails("test -e /run/layered-stores/top/daemon.sock", timeout=60)
+    machine.succeed("layered-stores stop top", "layered-stores stop sys")
     said = machine.fail("layered-stores start sys 2>&1")
     assert f"{upper}, with group users and mode 1775, is for others than root" in said, said
-    machine.succeed(f"chgrp nixbld {upper}", "layered-stores start sys")
-    machine.succeed("test -S /run/layered-stores/sys/daemon.sock")
-    assert status("sys")["problems"] == [], status("sys")
+    machine.succeed(f"chgrp nixbld {upper}", "layered-stores start top")
+    for name in ("sys", "top"):
+        machine.succeed(f"test -S /run/layered-stores/{name}/daemon.sock")
+        assert status(name)["problems"] == [], status(name)
     # Nix makes files of its lower store's state dir also where it is only to read.
     lower = "/srv/alices"
     machine.succeed(

@@ -15,7 +15,7 @@ use super::{
     gate::Gate,
     questions::{NoAnswer, Questions},
 };
-use crate::supervisor::Caller;
+use crate::supervisor::{Caller, Kind};
 
 /// A polkit action of `data/org.layeredstores1.policy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -24,9 +24,11 @@ pub(super) enum Action {
     Start,
     Stop,
     Remount,
-    Verify,
     Reload,
     RemoveData,
+    /// Have a job done; it is named after the job.
+    #[serde(untagged)]
+    Job(Kind),
 }
 
 impl fmt::Display for Action {
@@ -111,13 +113,16 @@ impl Authorization {
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::Action::{Reload, Remount, RemoveData, Start, Stop, Verify};
+    use super::{
+        Action::{self, Reload, Remount, RemoveData, Start, Stop},
+        Kind,
+    };
 
     #[test]
     fn every_action_is_one_that_polkit_knows() {
         let policy = include_str!("../../data/org.layeredstores1.policy");
         let known = policy.split("<action id=\"").skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned);
-        let actions = [Start, Stop, Remount, Verify, RemoveData, Reload].map(|action| action.to_string());
-        assert_eq!(BTreeSet::from(actions), known.collect());
+        let actions = [Start, Stop, Remount, RemoveData, Reload].into_iter().chain(Kind::ALL.map(Action::Job));
+        assert_eq!(actions.map(|action| action.to_string()).collect::<BTreeSet<_>>(), known.collect());
     }
 }

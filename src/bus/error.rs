@@ -33,27 +33,7 @@ impl BusError {
 
 impl From<supervisor::Error> for BusError {
     fn from(error: supervisor::Error) -> Self {
-        use supervisor::Error;
-        let name = match &error {
-            Error::NoSuchStore(_) | Error::NoStoreAtPath(_) | Error::NothingLeft(_) => {
-                "org.layeredstores1.Error.NoSuchStore"
-            }
-            Error::NotOwner(_) | Error::NotAsker(_) => "org.freedesktop.DBus.Error.AccessDenied",
-            Error::NotActive(..) => "org.layeredstores1.Error.NotActive",
-            Error::StartFailed(..) => "org.layeredstores1.Error.StartFailed",
-            Error::Busy(..) => "org.layeredstores1.Error.Busy",
-            Error::LowerOf(..) => "org.layeredstores1.Error.LowerOfOthers",
-            Error::RefreshFailed(..) => "org.layeredstores1.Error.RefreshFailed",
-            Error::Stale(..) | Error::Held(..) => "org.layeredstores1.Error.Stale",
-            Error::Stuck(..) => "org.layeredstores1.Error.Stuck",
-            Error::InUse(..) => "org.layeredstores1.Error.InUse",
-            Error::RemoveFailed(..) | Error::ListFailed(_) => "org.layeredstores1.Error.RemoveFailed",
-            Error::InvalidConfiguration(_) => "org.layeredstores1.Error.InvalidConfiguration",
-            Error::Cancelled(..) => "org.layeredstores1.Error.Cancelled",
-            Error::NoSuchJob(_) => "org.layeredstores1.Error.NoSuchJob",
-            Error::TooManyJobs(_) => "org.freedesktop.DBus.Error.LimitsExceeded",
-            Error::ShuttingDown => "org.layeredstores1.Error.ShuttingDown",
-        };
+        let name = error.name();
         // What others have named is in it, such as processes; a configuration's mistakes are a line each.
         let message = error.to_string().lines().map(printable).collect::<Vec<_>>().join("\n");
         Self { name, message }

@@ -31,14 +31,15 @@ impl Job {
         Ok(self.handle.ask(|reply| Command::Job(JobCommand::Cancel(self.job.id(), caller, reply))).await?)
     }
 
-    /// What the job has found: pairs, for `verify` of a path's name and what is wrong with it, the first 4096 of them. Returns
+    /// What the job has found: pairs of what it is about and what there is to say about that, for `verify` of a path's name and
+    /// what is wrong with it, the first 4096 of them. Returns
     /// when the job is over, and fails with the error that it has failed with. For connections that have asked for the job,
     /// once each, and for root.
     #[zbus(out_args("result"))]
     async fn get_result(&self, #[zbus(header)] call: Header<'_>) -> Result<Vec<(String, String)>> {
         let caller = self.authorization.caller(&call).await?;
         let found = self.handle.ask(|reply| Command::Job(JobCommand::Result(self.job.id(), caller, reply))).await?;
-        Ok(found.iter().map(|stale| (stale.shown_name(), stale.symptom.to_string())).collect())
+        Ok(found.iter().map(|finding| (finding.about.clone(), finding.what.clone())).collect())
     }
 
     /// The job is over: `succeeded`, `failed` or `cancelled`, and why if it has not succeeded.
@@ -63,13 +64,13 @@ impl Job {
         self.job.state().to_owned()
     }
 
-    /// How many paths were looked at. Changes are announced a few times in a second.
+    /// How much of it is done, for `verify` how many paths were looked at. Changes are announced a few times in a second.
     #[zbus(property)]
     fn done(&self) -> u64 {
         self.job.counts().0
     }
 
-    /// How many paths there are to look at; 0 until they are counted.
+    /// How much there is to do, for `verify` how many paths there are to look at; 0 until that is counted.
     #[zbus(property)]
     fn total(&self) -> u64 {
         self.job.counts().1

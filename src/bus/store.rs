@@ -9,7 +9,7 @@ use super::{
     error::Result,
     waiting,
 };
-use crate::supervisor::{Asker, Command, Handle, Status, StatusCell};
+use crate::supervisor::{Asker, Command, Handle, JobCommand, Kind, Status, StatusCell};
 
 /// The object of one store.
 pub(super) struct Store {
@@ -24,6 +24,18 @@ impl Store {
         let owner = (action == Action::Remount).then_some(owner);
         self.authorization.check(call, action, Some(name.as_str()), owner).await?;
         Ok(name)
+    }
+
+    /// Has a job done, for as long as the caller stays on the bus.
+    async fn job(&self, call: &Header<'_>, kind: Kind) -> Result<OwnedObjectPath> {
+        let name = self.check(call, Action::Job(kind)).await?;
+        let caller = self.authorization.caller(call).await?;
+        let ask = |reply| Command::Job(JobCommand::Ask(kind, name, caller.clone(), reply));
+        let asked = self.handle.ask(ask).await?;
+        if let Some(waits_no_more) = asked.waits_no_more {
+            waiting::follow(caller, waits_no_more, self.authorization.clone(), self.handle.clone());
+        }
+        Ok(job_path(asked.job.id()))
     }
 }
 
@@ -63,13 +75,7 @@ impl Store {
     /// `org.layeredstores1.verify`.
     #[zbus(out_args("job"))]
     async fn verify(&self, #[zbus(header)] call: Header<'_>) -> Result<OwnedObjectPath> {
-        let name = self.check(&call, Action::Verify).await?;
-        let caller = self.authorization.caller(&call).await?;
-        let asked = self.handle.ask(|reply| Command::Verify(name, caller.clone(), reply)).await?;
-        if let Some(waits_no_more) = asked.waits_no_more {
-            waiting::follow(caller, waits_no_more, self.authorization.clone(), self.handle.clone());
-        }
-        Ok(job_path(asked.job.id()))
+        self.job(&call, Kind::Verify).await
     }
 
     /// The store's name.

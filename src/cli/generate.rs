@@ -9,9 +9,6 @@ use layered_stores_model::{Declaration, NixDaemon, config::Key};
 
 use super::args::{Arguments, DaemonArguments, EXIT_STATUS, hook_command};
 
-/// The commands whose arguments are stores.
-const OF_STORES: &str = "status uri start stop remount verify remove-data wait enter";
-
 /// The example that is installed.
 const EXAMPLE: &str = include_str!("../../data/config.toml");
 
@@ -141,10 +138,24 @@ pub(super) fn completions(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether an argument is a store, or several.
+fn is_store(argument: &str) -> bool {
+    matches!(argument, "name" | "names")
+}
+
+/// The commands whose arguments are stores.
+fn of_stores() -> Vec<String> {
+    let arguments = Arguments::command();
+    let takes_stores = |command: &&clap::Command| {
+        !command.is_hide_set() && command.get_positionals().any(|argument| is_store(argument.get_id().as_str()))
+    };
+    arguments.get_subcommands().filter(takes_stores).map(|command| command.get_name().to_owned()).collect()
+}
+
 fn with_names(shell: Shell, script: &str) -> String {
     match shell {
         Shell::Bash => {
-            let commands = OF_STORES.replace(' ', "|");
+            let commands = of_stores().join("|");
             format!(
                 r#"{script}
 _layered__stores_with_names() {{
@@ -178,8 +189,9 @@ complete -F _layered__stores_with_names layered-stores
             script.replacen("\nautoload -U is-at-least\n", &format!("\nautoload -U is-at-least\n\n{names}"), 1)
         }
         _ => format!(
-            "{script}complete -c layered-stores -n \"__fish_seen_subcommand_from {OF_STORES}\" -f -a \"(layered-stores \
-             store-names 2>/dev/null)\"\n"
+            "{script}complete -c layered-stores -n \"__fish_seen_subcommand_from {commands}\" -f -a \"(layered-stores \
+             store-names 2>/dev/null)\"\n",
+            commands = of_stores().join(" ")
         ),
     }
 }
@@ -193,6 +205,12 @@ mod tests {
         let text = "A `key-a`, and\n\n- `\"x\"`;\n- .y.\n\n'z'";
         let page = "A \\fBkey\\-a\\fR, and\n.RS\n.IP \\(bu 2\n\\fB\"x\"\\fR;\n.IP \\(bu 2\n\\&.y.\n.RE\n.sp\n\\&'z'\n";
         assert_eq!(prose(text), page);
+    }
+
+    #[test]
+    fn commands_whose_arguments_are_stores_have_them_completed() {
+        let expected = ["status", "uri", "start", "stop", "remount", "verify", "remove-data", "wait", "enter"];
+        assert_eq!(of_stores(), expected);
     }
 
     #[test]

@@ -28,10 +28,10 @@ pub(super) use waiting::{Reply, Waiting, answer};
 use self::retries::{REPAIR_WINDOW, REPAIRS};
 use super::{
     Error,
+    looks::Looks,
     machine::{Follow, Guard},
     operation::Up,
     plan::{Failure, Phase, Want, stack::Doing},
-    room::Rooms,
     status::{Problem, State, Status, StatusCell},
     threads::DEADLINE,
     whereabouts::Whereabouts,
@@ -96,17 +96,16 @@ pub(super) struct Entry {
     pub(super) waiting: Waiting,
     problems: BTreeMap<Problem, String>,
     pub(super) owner_uid: u32,
-    /// Whether it was looked, since it is up, whom its directories belong to.
-    pub(super) owner_seen: bool,
     pub(super) cell: StatusCell,
     /// How far what is being done about it has come.
     errands: Vec<Weak<dyn Follow>>,
     /// Why it counts as stuck, while it does.
     pub(super) stuck: Option<String>,
     pub(super) whereabouts: Whereabouts,
-    /// Whether its mount is read-only, and whether its upper layer takes writes.
+    pub(super) looks: Looks,
+    /// Whether its mount is read-only, and what keeps its upper layer from taking writes.
     read_only: bool,
-    pub(super) rooms: Rooms,
+    pub(super) room: Option<(Problem, String)>,
     /// When what could not be had for it is tried for again: its lock, its record, its watches.
     pub(super) hold_at: Option<Instant>,
     /// Where its upper layer and its state dir were last seen to lie, as a hash: it matters only whether that changes.
@@ -146,12 +145,12 @@ impl Entry {
             waiting: Waiting::default(),
             problems: BTreeMap::new(),
             owner_uid: 0,
-            owner_seen: false,
             errands: Vec::new(),
             stuck: None,
             whereabouts: Whereabouts::default(),
             read_only: false,
-            rooms: Rooms::default(),
+            room: None,
+            looks: Looks::default(),
             hold_at: None,
             own_seen: None,
             unconfirmed: None,
@@ -259,9 +258,9 @@ impl Entry {
         self.mounted = None;
         self.refreshes.forget();
         self.serving.forget();
-        self.owner_seen = false;
         self.whereabouts = Whereabouts::default();
-        self.rooms = Rooms::default();
+        self.room = None;
+        self.looks = Looks::default();
         self.hold_at = None;
         self.problems.clear();
     }

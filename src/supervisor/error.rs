@@ -74,3 +74,29 @@ pub enum Error {
     #[error("the daemon is shutting down; the mounts stay")]
     ShuttingDown,
 }
+
+impl Error {
+    /// Its name on D-Bus.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::NoSuchStore(_) | Self::NoStoreAtPath(_) | Self::NothingLeft(_) => {
+                "org.layeredstores1.Error.NoSuchStore"
+            }
+            Self::NotOwner(_) | Self::NotAsker(_) => "org.freedesktop.DBus.Error.AccessDenied",
+            Self::NotActive(..) => "org.layeredstores1.Error.NotActive",
+            Self::StartFailed(..) => "org.layeredstores1.Error.StartFailed",
+            Self::Busy(..) => "org.layeredstores1.Error.Busy",
+            Self::LowerOf(..) => "org.layeredstores1.Error.LowerOfOthers",
+            Self::RefreshFailed(..) => "org.layeredstores1.Error.RefreshFailed",
+            Self::Stale(..) | Self::Held(..) => "org.layeredstores1.Error.Stale",
+            Self::Stuck(..) => "org.layeredstores1.Error.Stuck",
+            Self::InUse(..) => "org.layeredstores1.Error.InUse",
+            Self::RemoveFailed(..) | Self::ListFailed(_) => "org.layeredstores1.Error.RemoveFailed",
+            Self::InvalidConfiguration(_) => "org.layeredstores1.Error.InvalidConfiguration",
+            Self::Cancelled(..) => "org.layeredstores1.Error.Cancelled",
+            Self::NoSuchJob(_) => "org.layeredstores1.Error.NoSuchJob",
+            Self::TooManyJobs(_) => "org.freedesktop.DBus.Error.LimitsExceeded",
+            Self::ShuttingDown => "org.layeredstores1.Error.ShuttingDown",
+        }
+    }
+}

@@ -16,7 +16,7 @@ use tokio::{
 use super::{
     Error,
     entry::Reply,
-    jobs::{Asked, Caller, JobCommand, JobNews},
+    jobs::{JobCommand, JobNews},
     status::{Status, StatusCell},
     threads::DEADLINE,
 };
@@ -42,8 +42,6 @@ pub enum Command {
     Stop(StoreName, Reply),
     /// Refresh a store's merged view now.
     Remount(StoreName, Asker, Reply),
-    /// Look at all paths of a store.
-    Verify(StoreName, Caller, Reply<Asked>),
     /// Something about a job.
     Job(JobCommand),
     /// Remove what is in a store that is not mounted, or what is left of one.

@@ -22,10 +22,8 @@ use layered_stores_model::{
 use layered_stores_overlay::{
     mountinfo::MountTable,
     place::MountId,
-    probe::Stale,
     progress::{Progress, Spot},
     refresh::{Changes, Fingerprint, Report, Rung},
-    room::Room,
     swap::{OldMount, OldSuperblock, RetireError},
 };
 use rustix::io::Errno;
@@ -33,6 +31,8 @@ use tokio::{sync::mpsc::WeakSender, time::Instant};
 
 use super::{
     handle::Command,
+    jobs::{Findings, Kind},
+    looks::{Look, Sight},
     operation::{Held, OperationError, Up},
     owed::Aim,
     record::{Known, RecordError},
@@ -173,8 +173,8 @@ pub(super) trait Machine: Debug + Send + Sync {
     /// Takes hold of what could not be had when a store came up.
     fn hold(&self, spec: &Arc<StoreSpec>, locked: bool) -> Operated<Held>;
 
-    /// Has the Nix daemon of a store be what is declared.
-    fn serve(&self, spec: &Arc<StoreSpec>) -> Operated<()>;
+    /// Has the Nix daemon of a store be what is declared. It works in the layered store `below` as well.
+    fn serve(&self, spec: &Arc<StoreSpec>, below: Option<Arc<StoreSpec>>) -> Operated<()>;
 
     /// Takes a store down.
     fn stop(&self, spec: &Arc<StoreSpec>) -> Operated<()>;
@@ -197,14 +197,17 @@ pub(super) trait Machine: Debug + Send + Sync {
     /// Keeps what was swapped out no longer for the next daemon.
     fn let_go(&self, name: &StoreName, number: u64);
 
-    /// What is wrong with whom a store belongs to.
-    fn other_owner(&self, spec: &Arc<StoreSpec>) -> Begun<Option<String>>;
+    /// Looks at something of a store that is up. Nix works in the layered store `below` as well.
+    fn look(&self, look: Look, spec: &Arc<StoreSpec>, below: Option<Arc<StoreSpec>>) -> Operated<Sight>;
 
-    /// Whether the upper layer takes writes.
-    fn room(&self, spec: &Arc<StoreSpec>) -> Operated<Room>;
-
-    /// Looks at every path of a mounted store and changes nothing. By `progress` it is seen how many, and it can be called off.
-    fn verify(&self, spec: &Arc<StoreSpec>, mount: Option<MountId>, progress: Arc<Progress>) -> Operated<Vec<Stale>>;
+    /// Does the work of a job on a mounted store. By `progress` it is seen how far it is, and it can be called off.
+    fn work(
+        &self,
+        kind: Kind,
+        spec: &Arc<StoreSpec>,
+        mount: Option<MountId>,
+        progress: Arc<Progress>,
+    ) -> Operated<Findings>;
 
     /// Removes all that is in a store that is not mounted. `own` is the directory it has for itself, if it was not given others.
     fn remove(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>, own: Option<AbsolutePath>) -> Operated<()>;

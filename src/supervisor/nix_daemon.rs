@@ -12,7 +12,7 @@ use std::{
 
 use layered_stores_model::{NixDaemon, StoreName, StoreSpec};
 use layered_stores_overlay::{
-    owner::{OwnerError, owner},
+    owner::owner,
     progress::{self, Spot},
 };
 
@@ -36,20 +36,22 @@ fn nix_conf(runtime: &Path, name: &StoreName) -> PathBuf {
 }
 
 /// Makes socket and settings what they should be. Connections that are open go on with the old ones.
-pub(super) async fn serve(tools: Tools, errand: Errand) -> Result<(), OperationError> {
-    let served = make(tools.clone(), &errand).await;
+pub(super) async fn serve(tools: Tools, errand: Errand, below: Option<Arc<StoreSpec>>) -> Result<(), OperationError> {
+    let served = make(tools.clone(), &errand, below).await;
     if let Err(OperationError::Owner(_) | OperationError::Socket(SocketError::OtherUser { .. })) = &served {
         // A daemon that does not run as whom it should is worse than none.
         tools.units.stop_socket(&errand.spec.name).await?;
     }
-    if let Err(OperationError::Owner(OwnerError::Others(_))) = &served {
+    if let Err(OperationError::Owner(error)) = &served
+        && error.leads_root()
+    {
         // And so is one of root's that goes where others lead it.
         tools.units.kill_nix_daemon(&errand.spec.name).await;
     }
     served
 }
 
-async fn make(tools: Tools, errand: &Errand) -> Result<(), OperationError> {
+async fn make(tools: Tools, errand: &Errand, below: Option<Arc<StoreSpec>>) -> Result<(), OperationError> {
     let spec = Arc::clone(&errand.spec);
     let file = nix_conf(tools.records.runtime(), &spec.name);
     let read = {
@@ -69,7 +71,7 @@ async fn make(tools: Tools, errand: &Errand) -> Result<(), OperationError> {
         let spec = Arc::clone(&spec);
         move || {
             progress::at(Spot::Upper);
-            Ok(owner(&spec)?)
+            Ok(owner(&spec, below.as_deref())?)
         }
     };
     let owner = errand.run(look).await?;

@@ -20,7 +20,7 @@ use layered_stores_overlay::{
     mountinfo::{MountState, MountTable},
     owner::{self, OwnerError},
     place::{MountId, Top},
-    probe::{self, Stale},
+    probe,
     progress::{self, Spot},
     refresh::{self, Changes, Fingerprint, RefreshError, Report, Rung},
     remove::{self, RemoveError},
@@ -33,6 +33,8 @@ use rustix::io::Errno;
 
 use self::directories::{among_what_is_there, with_what_is_there};
 use super::{
+    jobs::{Finding, Findings, Kind},
+    looks::{Look, Sight},
     machine::{Guard, Refreshing, SwappedOut},
     nix_daemon,
     owed::Aim,
@@ -373,29 +375,29 @@ pub(super) async fn retire_unknown(old: Arc<dyn SwappedOut>) -> Result<OldSuperb
 
 /// Says the way out where the owner's directories are somebody else's.
 fn taken_over(spec: &StoreSpec, error: LayersError) -> OperationError {
-    match (&error, owner::owner(spec)) {
+    match (&error, owner::owner(spec, None)) {
         (LayersError::OtherOwner { .. }, Err(other @ OwnerError::Other { .. })) => other.into(),
         _ => error.into(),
     }
 }
 
-/// What is wrong with whom a store belongs to. What cannot be told is not wrong.
-pub(super) async fn other_owner(errand: Errand) -> Option<String> {
+/// Looks at something of a store that is up.
+pub(super) async fn look_at(
+    look: Look,
+    errand: Errand,
+    below: Option<Arc<StoreSpec>>,
+) -> Result<Sight, OperationError> {
     let spec = Arc::clone(&errand.spec);
-    let look = move || {
-        progress::at(Spot::Upper);
-        Ok(owner::owner(&spec))
-    };
-    match errand.run(look).await {
-        Ok(Err(error @ (OwnerError::Other { .. } | OwnerError::Others(_)))) => Some(error.to_string()),
-        _ => None,
+    match look {
+        Look::Room => errand.run(move || Ok(Sight::Room(room::look(&spec.layers)))).await,
+        Look::Owner => errand.run_asking(move || Ok(Sight::Owner(other_owner(&spec, below.as_deref())))).await,
     }
 }
 
-/// Looks whether the upper layer takes writes.
-pub(super) async fn room(errand: Errand) -> Result<Room, OperationError> {
-    let spec = Arc::clone(&errand.spec);
-    errand.run(move || Ok(room::look(&spec.layers))).await
+/// What is wrong with whom a store belongs to, or the one `below`. What cannot be told is not wrong.
+fn other_owner(spec: &StoreSpec, below: Option<&StoreSpec>) -> Option<String> {
+    progress::at(Spot::Upper);
+    owner::owner(spec, below).err().filter(OwnerError::is_certain).map(|error| error.to_string())
 }
 
 /// Removes the directory that a store had for itself which is declared no more.
@@ -426,9 +428,16 @@ pub(super) async fn remove(
     errand.run_long(remove).await
 }
 
+/// Does the work of a job.
+pub(super) async fn work(kind: Kind, errand: Errand, mount: Option<MountId>) -> Result<Findings, OperationError> {
+    match kind {
+        Kind::Verify => verify(errand, mount).await,
+    }
+}
+
 /// Looks at every path of a mounted store and changes nothing. `mount` is the store's mount, if it is known. How many paths
 /// there are is counted first, for the errand's progress, by which it can be called off.
-pub(super) async fn verify(errand: Errand, mount: Option<MountId>) -> Result<Vec<Stale>, OperationError> {
+async fn verify(errand: Errand, mount: Option<MountId>) -> Result<Findings, OperationError> {
     let spec = Arc::clone(&errand.spec);
     let verify = move || {
         // Nothing of it stays open: whoever stops the store meanwhile would find it in use for as long as that.
@@ -440,7 +449,7 @@ pub(super) async fn verify(errand: Errand, mount: Option<MountId>) -> Result<Vec
             let is_called_off = errno == Errno::CANCELED;
             if is_called_off { OperationError::CalledOff } else { RefreshError::look(layers, errno).into() }
         })?;
-        Ok(stale)
+        Ok(stale.into_iter().map(Finding::from).collect())
     };
     errand.run_job(verify).await
 }

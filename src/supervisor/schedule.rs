@@ -19,7 +19,7 @@ impl<Check> Default for Schedule<Check> {
     }
 }
 
-impl<Check: Copy + Ord> Schedule<Check> {
+impl<Check: Clone + Ord> Schedule<Check> {
     /// Has a check made at a time, or earlier if that was planned.
     pub(super) fn plan(&mut self, check: Check, at: Instant) {
         let planned = self.due.entry(check).or_insert(at);
@@ -27,8 +27,8 @@ impl<Check: Copy + Ord> Schedule<Check> {
     }
 
     /// Has a check not made.
-    pub(super) fn drop(&mut self, check: Check) {
-        self.due.remove(&check);
+    pub(super) fn drop(&mut self, check: &Check) {
+        self.due.remove(check);
     }
 
     /// When the next check is due.
@@ -38,7 +38,7 @@ impl<Check: Copy + Ord> Schedule<Check> {
 
     /// The checks that are due. They are planned no more.
     pub(super) fn take(&mut self, now: Instant) -> Vec<Check> {
-        let due: Vec<Check> = self.due.iter().filter(|(_, at)| **at <= now).map(|(check, _)| *check).collect();
+        let due: Vec<Check> = self.due.iter().filter(|(_, at)| **at <= now).map(|(check, _)| check.clone()).collect();
         self.due.retain(|_, at| *at > now);
         due
     }
@@ -59,7 +59,7 @@ mod tests {
         schedule.plan("a", later + Duration::from_secs(1));
         schedule.plan("b", now);
         schedule.plan("c", now);
-        schedule.drop("c");
+        schedule.drop(&"c");
         assert_eq!(schedule.next(), Some(now));
         assert_eq!(schedule.take(now), ["b"]);
         assert_eq!(schedule.next(), Some(later), "the earlier of both times");

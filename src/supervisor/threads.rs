@@ -51,6 +51,10 @@ const LONG: usize = 4;
 /// theirs.
 const JOBS: usize = 2;
 
+/// How much asks the name service at a time of what nobody waits for. It keeps its place until it is answered: without an answer,
+/// there are no more threads in that than this.
+const ASKING: usize = 2;
+
 /// How much may stall at a time of stores on the same filesystems, and of all: the rest of the threads is for stores on
 /// filesystems on which nothing has stalled.
 const STALLED_TOGETHER: usize = 16;
@@ -68,6 +72,7 @@ struct Inner {
     quick: Arc<Semaphore>,
     long: Arc<Semaphore>,
     jobs: Arc<Semaphore>,
+    asking: Semaphore,
     /// How much has stalled, by what may be to blame.
     stalled: Mutex<HashMap<Suspects, usize>>,
     came_back: Notify,
@@ -84,6 +89,7 @@ impl Threads {
             quick: Arc::new(Semaphore::new(QUICK)),
             long: Arc::new(Semaphore::new(LONG)),
             jobs: Arc::new(Semaphore::new(JOBS)),
+            asking: Semaphore::new(ASKING),
             stalled: Mutex::default(),
             came_back: Notify::new(),
             mounts: Mutex::new(mounts),
@@ -198,6 +204,15 @@ impl Errand {
         work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
     ) -> Result<T, OperationError> {
         self.run_in(&self.threads.0.quick, work).await
+    }
+
+    /// Does work that may ask the name service and that nobody waits for.
+    pub(super) async fn run_asking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
+    ) -> Result<T, OperationError> {
+        let _place = self.threads.0.asking.acquire().await;
+        self.run(work).await
     }
 
     /// Does work that may look at every path of a store.

@@ -163,7 +163,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn verify(&self, name: &StoreName) -> Result<Job, ClientError> {
-        Job::verify(&self.connection, name).await
+        Job::begin(&self.connection, name, async |store| store.verify().await).await
     }
 
     /// The properties of one store.

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use futures_util::StreamExt as _;
 use layered_stores_model::StoreName;
-use zbus::{Connection, fdo, names::BusName, proxy::CacheProperties};
+use zbus::{Connection, fdo, names::BusName, proxy::CacheProperties, wire::OwnedObjectPath};
 
 use crate::{
     BUS_NAME,
@@ -19,13 +19,17 @@ pub struct Job {
 }
 
 impl Job {
-    /// Has the daemon look at every path of a store.
-    pub(crate) async fn verify(connection: &Connection, name: &StoreName) -> Result<Self, ClientError> {
+    /// Has the daemon begin a job about a store, with the method that `begin` calls.
+    pub(crate) async fn begin(
+        connection: &Connection,
+        name: &StoreName,
+        begin: impl AsyncFnOnce(&StoreProxy<'_>) -> zbus::Result<OwnedObjectPath>,
+    ) -> Result<Self, ClientError> {
         // By its unique name: the next daemon knows nothing of this one's jobs, and numbers its own in the same way.
         let owner = fdo::DBusProxy::new(connection).await?.get_name_owner(BUS_NAME.try_into()?).await?;
         let daemon = BusName::from(owner.into_inner());
         let store = StoreProxy::builder(connection).destination(daemon.clone()).path(store_path(name)).build().await?;
-        let path = store.verify().await.map_err(meanwhile)?;
+        let path = begin(&store).await.map_err(meanwhile)?;
         let proxy = JobProxy::builder(connection).destination(daemon).path(path);
         Ok(Self { proxy: proxy.cache_properties(CacheProperties::Lazily).build().await? })
     }

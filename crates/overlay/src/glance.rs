@@ -64,7 +64,7 @@ fn is_there(layer: &OwnedFd, name: &OsStr) -> Result<Option<bool>, Errno> {
 }
 
 /// Whether the kernel remembers a name as being there. `None`: it does not remember anything.
-fn remembered(merged: &OwnedFd, name: &OsStr) -> Result<Option<bool>, Errno> {
+pub(crate) fn remembered(merged: &OwnedFd, name: &OsStr) -> Result<Option<bool>, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     match rustix::fs::openat2(merged, name, flags, Mode::empty(), ResolveFlags::CACHED) {
         Ok(_) => Ok(Some(true)),

@@ -4,7 +4,7 @@
 //! (`LocalStore::LocalStore`): the owner cannot write to the store any more. And what root's Nix daemon works in has to be
 //! root's, because it follows links there.
 
-use layered_stores_model::{AbsolutePath, StoreSpec};
+use layered_stores_model::{AbsolutePath, StoreName, StoreSpec};
 use nix::unistd::{Uid, User};
 use rustix::io::Errno;
 
@@ -46,13 +46,47 @@ pub enum OwnerError {
         /// The store.
         spec: Box<StoreSpec>,
     },
+    /// Something is wrong with the layered store underneath, in which root's Nix works as well.
+    #[error("the store {0} underneath: {1}")]
+    Underneath(StoreName, Box<Self>),
 }
 
-/// The user whom a store belongs to, by the configuration and by its directories.
+impl OwnerError {
+    /// Whether root's Nix goes where others lead it.
+    pub fn leads_root(&self) -> bool {
+        match self {
+            Self::Others(_) => true,
+            Self::Underneath(_, error) => error.leads_root(),
+            Self::Account(_) | Self::Look { .. } | Self::Other { .. } => false,
+        }
+    }
+
+    /// Whether directories were found to be others', and not only that it cannot be told whose they are.
+    pub fn is_certain(&self) -> bool {
+        match self {
+            Self::Other { .. } | Self::Others(_) => true,
+            Self::Underneath(_, error) => error.is_certain(),
+            Self::Account(_) | Self::Look { .. } => false,
+        }
+    }
+}
+
+/// The user whom a store belongs to, by the configuration and by its directories, and by those of the layered store
+/// `underneath` if root's Nix is to work there: what shows through from it, or is in its state directory, is followed as well.
 ///
 /// # Errors
 /// [`OwnerError`] when the two do not agree, or cannot be told.
-pub fn owner(spec: &StoreSpec) -> Result<u32, OwnerError> {
+pub fn owner(spec: &StoreSpec, underneath: Option<&StoreSpec>) -> Result<u32, OwnerError> {
+    let owner = own(spec)?;
+    if owner == 0
+        && let Some(below) = underneath
+    {
+        own(below).map_err(|error| OwnerError::Underneath(below.name.clone(), Box::new(error)))?;
+    }
+    Ok(owner)
+}
+
+fn own(spec: &StoreSpec) -> Result<u32, OwnerError> {
     let wanted = declared_owner(&spec.ownership)?;
     for path in [&spec.layers.upper, &spec.state_dir] {
         let look = |errno| OwnerError::Look { path: path.clone(), errno };

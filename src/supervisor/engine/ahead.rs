@@ -5,7 +5,7 @@ use std::sync::Arc;
 use layered_stores_model::{StoreName, StoreSpec};
 use tokio::time::Instant;
 
-use super::{Engine, done::Done, stuck};
+use super::{Engine, stuck};
 use crate::supervisor::{
     entry::Entry,
     operation::OperationError,
@@ -56,9 +56,9 @@ impl Engine {
         if let Some(spec) = entry.begin_to_look(now) {
             let looking = self.machine.look_ahead(&spec);
             entry.looks_ahead(&spec, &looking.progress, now);
-            let name = name.clone();
-            self.operations.spawn(async move { (name, Done::LookedAhead(spec, looking.result.await)) });
+            self.once(name, looking.result, move |engine, name, found| engine.has_looked_ahead(name, &spec, found));
         }
+        let Some(entry) = self.entries.get_mut(name) else { return };
         if let Some(spot) = entry.look_is_silent(now) {
             let why = stuck::describe(entry.declared_spec(), spot, &*self.machine);
             entry.look_is_given_up(why, now);
@@ -66,12 +66,7 @@ impl Engine {
     }
 
     /// Takes what was found.
-    pub(super) fn has_looked_ahead(
-        &mut self,
-        name: &StoreName,
-        spec: &Arc<StoreSpec>,
-        found: Result<(), OperationError>,
-    ) {
+    fn has_looked_ahead(&mut self, name: &StoreName, spec: &Arc<StoreSpec>, found: Result<(), OperationError>) {
         if let Some(entry) = self.entries.get_mut(name) {
             entry.look_came_back(spec, found.err().map(|error| error.to_string()), Instant::now());
             self.look_soon();

@@ -3,41 +3,20 @@
 use std::sync::{Arc, PoisonError};
 
 use layered_stores_model::{Service, StoreName, StoreSpec};
-use layered_stores_overlay::{
-    probe::Stale,
-    refresh::{Changes, Report, Rung},
-    room::Room,
-};
+use layered_stores_overlay::refresh::{Changes, Rung};
 use tokio::time::Instant;
 
-use super::{Engine, room};
+use super::{Engine, looks};
 use crate::supervisor::{
     Error,
     entry::{Entry, Op, answer},
     handle::Event,
+    looks::Look,
     machine::SwappedOut,
-    operation::{Held, OperationError, Up},
+    operation::{OperationError, Up},
     plan::{Phase, Want},
     status::Problem,
 };
-
-/// What an operation brought.
-pub(super) enum Done {
-    Up(Result<Up, OperationError>),
-    Stopped(Result<(), OperationError>),
-    SwapFinished(Result<Arc<dyn SwappedOut>, OperationError>),
-    Released(Result<(), OperationError>, Release),
-    Refreshed(Result<Report, OperationError>, Option<Arc<dyn SwappedOut>>),
-    Glanced(Result<bool, OperationError>),
-    Held(Result<Held, OperationError>),
-    OwnerSeen(Option<String>),
-    RoomSeen(Result<Room, OperationError>),
-    LookedAhead(Arc<StoreSpec>, Result<(), OperationError>),
-    Job(u64, Option<Result<Vec<Stale>, OperationError>>),
-    Served(Option<Service>, Result<(), OperationError>),
-    Removed(Result<(), OperationError>),
-    LeftOverRemoved(Result<(), Error>),
-}
 
 /// Why something is undone.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,111 +26,71 @@ pub(super) enum Release {
 }
 
 impl Engine {
-    /// Takes what an operation brought.
-    pub(super) fn done(&mut self, name: &StoreName, done: Done) {
-        let now = Instant::now();
-        if let Done::LeftOverRemoved(result) = done {
-            self.is_left_over_removed(name, &result);
-            return;
-        }
-        if let Done::Job(id, brought) = done {
-            self.job_came_back(name, id, brought);
-            return;
-        }
-        if let Done::LookedAhead(spec, found) = done {
-            self.has_looked_ahead(name, &spec, found);
-            return;
-        }
+    pub(super) fn is_not_up(&mut self, name: &StoreName, error: &OperationError) {
         let Some(entry) = self.entries.get_mut(name) else { return };
-        entry.forget_ended();
-        if let Done::OwnerSeen(wrong) = done {
-            self.has_seen_owner(name, wrong);
-            return;
+        entry.fail(error.problem(), error.to_string());
+        entry.retries.later(Instant::now());
+        if !entry.is_considered() {
+            let failed = Err(Error::StartFailed(name.clone(), error.to_string()));
+            answer(std::mem::take(&mut entry.waiting.starting), &failed);
         }
-        if let Done::RoomSeen(room) = done {
-            self.has_seen_room(name, room);
-            return;
-        }
-        if let Done::Up(Ok(up)) = done {
-            entry.unconfirmed = Some(Box::new(up));
-            self.look_soon();
-            return;
-        }
-        entry.op = None;
-        // A refresh does not change what the mount table says of a store.
-        let is_news = !matches!(done, Done::Refreshed(..) | Done::Glanced(_) | Done::Held(_)) || entry.passed_over;
-        match done {
-            Done::Up(Err(error)) => {
-                entry.fail(error.problem(), error.to_string());
-                entry.retries.later(now);
-                if !entry.is_considered() {
-                    let failed = Err(Error::StartFailed(name.clone(), error.to_string()));
-                    answer(std::mem::take(&mut entry.waiting.starting), &failed);
-                }
-            }
-            Done::Stopped(Ok(())) => {
+    }
+
+    pub(super) fn is_stopped(&mut self, name: &StoreName, result: Result<(), OperationError>) {
+        match (result, self.entries.get_mut(name)) {
+            (Ok(()), Some(entry)) => {
                 tracing::info!(store = %name, "{name}: stopped");
                 entry.down();
             }
-            Done::Stopped(Err(error)) => self.is_busy(name, &error.to_string()),
-            Done::SwapFinished(Ok(old)) => {
+            (Err(error), _) => self.is_busy(name, &error.to_string()),
+            (Ok(()), None) => {}
+        }
+    }
+
+    pub(super) fn is_swap_finished(&mut self, name: &StoreName, result: Result<Arc<dyn SwappedOut>, OperationError>) {
+        let now = Instant::now();
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        match result {
+            Ok(old) => {
                 tracing::info!(store = %name, "{name}: a swap that was interrupted is finished");
                 self.retirements.add(name.clone(), old, Arc::clone(&entry.spec));
                 entry.refreshes.owed.demand(Changes::unknown(), Rung::Probe, now);
             }
-            Done::SwapFinished(Err(error)) => {
+            Err(error) => {
                 entry.fail(Problem::RefreshFailed, error.to_string());
                 entry.retries.later(now);
             }
-            Done::Released(result, why) => self.is_released(name, result, why),
-            Done::Refreshed(result, old) => {
-                match result {
-                    Ok(report) => self.is_refreshed(name, report),
-                    Err(error) => self.is_not_refreshed(name, &error),
-                }
-                if let Some(old) = old {
-                    self.is_swapped_out(name, old);
-                }
-                // Root's Nix takes a store over while it adds to it, which is what has led here.
-                self.look_at_owner(name);
-            }
-            Done::Glanced(result) => self.has_glanced(name, &result),
-            Done::Held(result) => self.is_held(name, result),
-            Done::Served(service, result) => match result {
-                Ok(()) => {
-                    entry.serving.made(service, now);
-                    entry.clear(&[Problem::DaemonFailed]);
-                }
-                Err(error) => {
-                    entry.serving.failed(now);
-                    entry.problem(Problem::DaemonFailed, format!("its Nix daemon: {error}; it is tried again"));
-                }
-            },
-            Done::Removed(result) => self.is_removed(name, result),
-            // These were taken above.
-            Done::Up(Ok(_)) | Done::LeftOverRemoved(_) | Done::Job(..) | Done::LookedAhead(..) => {}
-            Done::OwnerSeen(_) | Done::RoomSeen(_) => {}
         }
-        self.publish(name);
-        self.refresh_if_asked(name);
-        if is_news {
-            self.look_soon();
+    }
+
+    pub(super) fn is_served(&mut self, name: &StoreName, service: Option<Service>, result: Result<(), OperationError>) {
+        let now = Instant::now();
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        match result {
+            Ok(()) => {
+                entry.serving.made(service, now);
+                entry.clear(&[Problem::DaemonFailed]);
+            }
+            Err(error) => {
+                entry.serving.failed(now);
+                entry.problem(Problem::DaemonFailed, format!("its Nix daemon: {error}; it is tried again"));
+            }
         }
     }
 
     pub(super) fn is_up(&mut self, name: &StoreName, up: Up, adopted: bool) {
-        if adopted {
-            // One that was started was looked at for that; it is looked at with the room that it has.
-            self.look_at_owner(name);
-        }
         let Some(entry) = self.entries.get_mut(name) else { return };
         let how = if adopted { "adopted" } else { "mounted" };
         tracing::info!(store = %name, adopted, "{name}: active, {how} at {}", entry.spec.layers.merged);
         entry.up();
         entry.mounted = up.mount;
-        let wrong = room::describe(&*self.machine, entry, up.room);
-        entry.rooms.begins_with(name, wrong, Instant::now());
+        entry.room = looks::describe(&*self.machine, entry, up.room);
         entry.look_at_room();
+        entry.looks.begin(name, Instant::now());
+        if adopted {
+            // One that was started was looked at for that.
+            entry.looks.at_once(Look::Owner, Instant::now());
+        }
         entry.belongs_to(up.owner_uid);
         entry.serving.found(up.served);
         if !up.changes.is_empty() {
@@ -191,12 +130,6 @@ impl Engine {
             entry.want(Want::Up);
         }
         self.lying_on(name).for_each(Entry::try_again);
-    }
-
-    /// The stores that lie on a store, whether they are up or not.
-    pub(super) fn lying_on(&mut self, name: &StoreName) -> impl Iterator<Item = &mut Entry> {
-        let is_on_it = move |entry: &&mut Entry| entry.spec.lower_name() == Some(name);
-        self.entries.values_mut().filter(is_on_it)
     }
 
     /// What has failed for want of a directory that another store had is tried again at once.

@@ -6,7 +6,7 @@ use layered_stores_model::StoreName;
 use layered_stores_overlay::refresh::{Changes, Rung};
 use tokio::time::Instant;
 
-use super::{Engine, done::Done};
+use super::Engine;
 use crate::supervisor::{
     entry::{Entry, Op},
     operation::{Held, OperationError},
@@ -28,7 +28,7 @@ impl Engine {
         let is_due = |entry: &&Entry| hold_at(entry).is_some_and(|at| at <= now);
         let due = self.entries.values().filter(is_due);
         for (name, locked) in due.map(|entry| (entry.spec.name.clone(), entry.lock.is_some())).collect::<Vec<_>>() {
-            self.begin(&name, Op::Hold, |machine, spec| machine.hold(spec, locked), Done::Held);
+            self.begin(&name, Op::Hold, |machine, spec| machine.hold(spec, locked), Self::is_held);
         }
     }
 

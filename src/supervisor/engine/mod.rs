@@ -1,15 +1,18 @@
 //! The one task that owns the state of all stores.
 
 mod ahead;
+mod begin;
 mod commands;
+mod configuration;
 mod done;
 mod hold;
 mod jobs;
+mod looks;
+mod neighbours;
 mod recall;
 mod reconcile;
 mod refresh;
 mod remove;
-mod room;
 mod settle;
 mod sockets;
 mod stuck;
@@ -20,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use done::Done;
+use begin::Then;
 use layered_stores_model::{
     AbsolutePath, Source, StoreName,
     config::{Config, ConfigError},
@@ -61,7 +64,7 @@ pub struct Engine {
     registry: Arc<RwLock<Registry>>,
     commands: mpsc::Receiver<Command>,
     events: mpsc::UnboundedSender<Event>,
-    operations: JoinSet<(StoreName, Done)>,
+    operations: JoinSet<(StoreName, Then)>,
     /// The directories of stores that are not declared any more which are being removed.
     removing: BTreeMap<StoreName, Removing>,
     jobs: Jobs,
@@ -208,8 +211,8 @@ impl Engine {
                     while let Some(done) = next {
                         // The threads catch panics of work on stores. What is left is a mistake in the engine itself, which may
                         // believe anything now: the next daemon begins anew.
-                        let (name, done) = done.map_err(std::io::Error::other)?;
-                        self.done(&name, done);
+                        let (name, then) = done.map_err(std::io::Error::other)?;
+                        then(&mut self, &name);
                         next = self.operations.try_join_next();
                     }
                 }
@@ -250,7 +253,11 @@ impl Engine {
             let serve = entry.serving.due().filter(|_| entry.op.is_none());
             let times =
                 [refresh::refresh_at(entry, free), retry, serve, entry.stuck_due(), entry.refreshes.tell_at(now)];
-            times.into_iter().chain([room::room_at(entry), hold::hold_at(entry), entry.candidate_due()]).flatten().min()
+            times
+                .into_iter()
+                .chain([looks::look_due(entry), hold::hold_at(entry), entry.candidate_due()])
+                .flatten()
+                .min()
         };
         self.entries
             .values()
@@ -284,7 +291,7 @@ impl Engine {
         }
         self.hold_due(now);
         self.refresh_due(now);
-        self.look_at_rooms(now);
+        self.look_at_stores(now);
         self.jobs.look(now);
         if self.look_at.is_some_and(|at| at <= now) {
             self.look_at = None;

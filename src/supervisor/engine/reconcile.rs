@@ -2,23 +2,16 @@
 
 use std::sync::{Arc, PoisonError};
 
-use layered_stores_model::{StoreName, StoreSpec};
+use layered_stores_model::StoreName;
 use layered_stores_overlay::mountinfo::MountState;
 use tokio::time::Instant;
 
-use super::{
-    Engine,
-    done::{Done, Release},
-    remove::Removing,
-};
+use super::{Engine, done::Release, remove::Removing};
 use crate::supervisor::{
     Error,
     entry::{Entry, Op, answer},
-    machine::{Begun, Machine},
-    plan::{
-        Carries, Lower, Phase, Step, View, Want, plan,
-        stack::{self, OnTop, Underneath},
-    },
+    machine::Machine,
+    plan::{Carries, Lower, Phase, Step, View, Want, plan},
     status::Problem,
 };
 
@@ -74,23 +67,6 @@ impl Engine {
         }
         self.publish_all();
         self.check_settled();
-    }
-
-    /// Has what hides a store hide those that lie on it: their lower store's path leads elsewhere.
-    fn hide_above(&mut self) {
-        let cover = |entry: &Entry| match &entry.mount {
-            MountState::Covered(cover) if cover.hides == entry.spec.layers.merged.as_str() => Some(cover.clone()),
-            _ => None,
-        };
-        let hidden: Vec<_> =
-            self.entries.iter().filter_map(|(name, entry)| Some((name.clone(), cover(entry)?))).collect();
-        for (name, cover) in hidden {
-            for above in self.lying_on(&name) {
-                if above.is_mounted() {
-                    above.mount = MountState::Covered(cover.clone());
-                }
-            }
-        }
     }
 
     /// Lets what operations have brought count, now that the mount table was read.
@@ -181,18 +157,24 @@ impl Engine {
                     entry.retries.repaired(now);
                 }
                 let lock = entry.lock.take();
-                self.begin(name, Op::Start, |machine, spec| machine.start(spec, lock), Done::Up);
+                self.begin_up(name, Op::Start, |machine, spec| machine.start(spec, lock));
                 false
             }
             Step::Adopt => {
                 let locked = entry.lock.is_some();
                 let differ = matches!(entry.mount, MountState::Mounted { flags: Some(_), .. });
-                self.begin(name, Op::Adopt, |machine, spec| machine.adopt(spec, locked, differ), Done::Up);
+                self.begin_up(name, Op::Adopt, |machine, spec| machine.adopt(spec, locked, differ));
                 false
             }
             Step::Serve => {
                 let service = entry.spec.service();
-                self.begin(name, Op::Serve, Machine::serve, |result| Done::Served(service, result));
+                let below = self.below(name);
+                self.begin(
+                    name,
+                    Op::Serve,
+                    |machine, spec| machine.serve(spec, below),
+                    |engine, name, result| engine.is_served(name, service, result),
+                );
                 false
             }
             Step::Refuse => {
@@ -201,11 +183,11 @@ impl Engine {
                 true
             }
             Step::Stop => {
-                self.begin(name, Op::Stop, Machine::stop, Done::Stopped);
+                self.begin(name, Op::Stop, Machine::stop, Self::is_stopped);
                 false
             }
             Step::FinishSwap => {
-                self.begin(name, Op::FinishSwap, Machine::finish_swap, Done::SwapFinished);
+                self.begin(name, Op::FinishSwap, Machine::finish_swap, Self::is_swap_finished);
                 false
             }
             Step::Respecify => {
@@ -227,25 +209,8 @@ impl Engine {
             name,
             Op::Release,
             |machine, spec| machine.release(spec, forget),
-            move |result| Done::Released(result, why),
+            move |engine, name, result| engine.is_released(name, result, why),
         );
-    }
-
-    /// Begins to do something about a store.
-    pub(super) fn begin<T: 'static>(
-        &mut self,
-        name: &StoreName,
-        op: Op,
-        begin: impl FnOnce(&(dyn Machine + 'static), &Arc<StoreSpec>) -> Begun<T>,
-        done: impl FnOnce(T) -> Done + Send + 'static,
-    ) {
-        if let Some(entry) = self.entries.get_mut(name) {
-            entry.op = Some(op);
-            let begun = begin(&*self.machine, &entry.spec);
-            entry.follow(&begun.progress);
-            let name = name.clone();
-            self.operations.spawn(async move { (name, done(begun.result.await)) });
-        }
     }
 
     /// Whether another store still has one of a store's directories, because one of the two was given other ones, or one of them
@@ -274,48 +239,6 @@ impl Engine {
                 spec.name
             )),
         }
-    }
-
-    /// What the stores mean for a store that lie on it and are mounted, or may be.
-    fn carries(&self, name: &StoreName) -> Carries {
-        let Some(below) = self.entries.get(name) else { return Carries::Nothing };
-        let above = self.on_top_of(name).map(|entry| OnTop {
-            want: entry.want,
-            respecify: entry.may_respecify(),
-            is_given_up: entry.is_given_up(),
-            is_not_ours: entry.is_mounted() && !self.machine.is_ours(&entry.spec.mount_unit),
-            doing: entry.doing(),
-        });
-        stack::carries(below.want, above)
-    }
-
-    /// What the store underneath is for one that lies on it.
-    fn lower_state(&self, above: &StoreSpec) -> Lower {
-        let Some(lower) = above.lower_name() else { return Lower::Ready };
-        let Some(entry) = self.entries.get(lower) else { return Lower::Unavailable };
-        match self.state_of(entry) {
-            Lower::Ready if entry.spec.layers.merged != above.layers.lower => {
-                if entry.is_considered() {
-                    Lower::Pending
-                } else {
-                    Lower::Elsewhere
-                }
-            }
-            state => state,
-        }
-    }
-
-    /// What a store is for those that lie on it, where it is.
-    pub(super) fn state_of(&self, entry: &Entry) -> Lower {
-        stack::lower(&Underneath {
-            want: entry.want,
-            respecify: entry.respecifies(),
-            is_active: entry.phase == Phase::Active,
-            is_coming_up: entry.is_coming_up(),
-            cannot_go: entry.cannot_go(),
-            is_stuck: entry.stuck.is_some(),
-            doing: entry.doing(),
-        })
     }
 
     /// Answers those who wait for a store to come to rest.

@@ -2,15 +2,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use layered_stores_model::{StoreName, StoreSpec};
+use layered_stores_model::StoreName;
 use layered_stores_overlay::refresh::{Changes, Outcome, RefreshError, Report, Rung};
 use tokio::time::Instant;
 
-use super::{Engine, done::Done};
+use super::Engine;
 use crate::supervisor::{
     Error,
     entry::{Entry, LEFT, Op, Reply, SWAPS_APART, answer},
-    machine::{Refreshing, SwappedOut},
+    looks::Look,
+    machine::{Refreshed, Refreshing, SwappedOut},
     operation::OperationError,
     plan::{
         Phase,
@@ -92,7 +93,7 @@ impl Engine {
         entry.refreshes.aim = Some(aim.clone());
         let mounted = entry.mounted;
         if aim.glance.is_some() {
-            self.begin(name, Op::Refresh, |machine, spec| machine.glance(spec, aim, mounted), Done::Glanced);
+            self.begin(name, Op::Refresh, |machine, spec| machine.glance(spec, aim, mounted), Self::has_glanced);
             return;
         }
         let swaps = || Swaps { next: entry.refreshes.swaps.next(now), are_held: self.machine.left(name) >= LEFT };
@@ -109,21 +110,24 @@ impl Engine {
         let kept = entry.refreshes.fingerprint;
         let above = self.active_above(name);
         let refreshing = Refreshing { aim, to, kept, mount: mounted, above };
-        let done = |(report, old)| Done::Refreshed(report, old);
-        self.begin(name, Op::Refresh, |machine, spec| machine.refresh(spec, refreshing), done);
+        self.begin(name, Op::Refresh, |machine, spec| machine.refresh(spec, refreshing), Self::has_refreshed);
     }
 
-    /// The stores that lie on a store, but for those on filesystems that do not answer.
-    fn active_above(&self, name: &StoreName) -> Vec<Arc<StoreSpec>> {
-        self.entries
-            .values()
-            .filter(|entry| entry.spec.lower_name() == Some(name) && entry.phase == Phase::Active)
-            .filter(|entry| entry.stuck.is_none())
-            .map(|entry| Arc::clone(&entry.spec))
-            .collect()
+    fn has_refreshed(&mut self, name: &StoreName, (result, old): Refreshed) {
+        match result {
+            Ok(report) => self.is_refreshed(name, report),
+            Err(error) => self.is_not_refreshed(name, &error),
+        }
+        if let Some(old) = old {
+            self.is_swapped_out(name, old);
+        }
+        // Root's Nix takes a store over while it adds to it, which is what has led here.
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.looks.soon(Look::Owner, Instant::now());
+        }
     }
 
-    pub(super) fn is_refreshed(&mut self, name: &StoreName, mut report: Report) {
+    fn is_refreshed(&mut self, name: &StoreName, mut report: Report) {
         self.drain_watches_of(name);
         let now = Instant::now();
         let (can_swap, are_held) = (self.machine.can_swap(), || self.machine.left(name) >= LEFT);
@@ -176,14 +180,14 @@ impl Engine {
     }
 
     /// Has a mount that was swapped out retired. Nobody waits for this, so that it may take as long as it needs.
-    pub(super) fn is_swapped_out(&mut self, name: &StoreName, old: Arc<dyn SwappedOut>) {
+    fn is_swapped_out(&mut self, name: &StoreName, old: Arc<dyn SwappedOut>) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.refreshes.swap_count += 1;
         entry.refreshes.swaps.count(Instant::now());
         self.retirements.add(name.clone(), old, Arc::clone(&entry.spec));
     }
 
-    pub(super) fn has_glanced(&mut self, name: &StoreName, result: &Result<bool, OperationError>) {
+    fn has_glanced(&mut self, name: &StoreName, result: Result<bool, OperationError>) {
         let now = Instant::now();
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.refreshes.unasked = None;
@@ -206,7 +210,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn is_not_refreshed(&mut self, name: &StoreName, error: &OperationError) {
+    fn is_not_refreshed(&mut self, name: &StoreName, error: &OperationError) {
         let now = Instant::now();
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.refreshes.unasked = None;
@@ -225,33 +229,6 @@ impl Engine {
         entry.problem(Problem::RefreshFailed, message.clone());
         let failed = Err(Error::RefreshFailed(name.clone(), message));
         answer(std::mem::take(&mut entry.waiting.refreshing), &failed);
-    }
-
-    /// Has somebody look whether a store still belongs to whom it should. Nothing waits for the answer.
-    pub(super) fn look_at_owner(&mut self, name: &StoreName) {
-        let Some(entry) = self.entries.get(name) else { return };
-        let (name, begun) = (name.clone(), self.machine.other_owner(&entry.spec));
-        self.operations.spawn(async move { (name, Done::OwnerSeen(begun.result.await)) });
-    }
-
-    /// Takes what is wrong with that.
-    pub(super) fn has_seen_owner(&mut self, name: &StoreName, wrong: Option<String>) {
-        let Some(entry) = self.entries.get_mut(name) else { return };
-        entry.owner_seen = true;
-        let is_news = wrong.is_some() != entry.has(Problem::OtherOwner);
-        if is_news {
-            // Its Nix daemon goes, or comes back.
-            entry.serving.disturbed();
-            entry.serving.at_once();
-        }
-        match wrong {
-            Some(message) => entry.problem(Problem::OtherOwner, message),
-            None => entry.clear(&[Problem::OtherOwner]),
-        }
-        self.publish(name);
-        if is_news {
-            self.look_soon();
-        }
     }
 }
 

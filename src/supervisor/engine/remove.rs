@@ -7,7 +7,7 @@ use layered_stores_overlay::{mountinfo::MountState, remove::RemoveError};
 
 use tokio::time::Instant;
 
-use super::{Engine, done::Done, reconcile::Occupied, stuck::silent};
+use super::{Engine, reconcile::Occupied, stuck::silent};
 use crate::supervisor::{
     Error,
     entry::{Entry, Op, Reply, answer},
@@ -57,7 +57,7 @@ impl Engine {
             return;
         }
         let lock = entry.lock.take();
-        self.begin(&name, Op::Remove, |machine, spec| machine.remove(spec, lock, own), Done::Removed);
+        self.begin(&name, Op::Remove, |machine, spec| machine.remove(spec, lock, own), Self::is_removed);
         self.publish(&name);
     }
 
@@ -124,14 +124,7 @@ impl Engine {
         let progress = Arc::downgrade(&begun.progress);
         let removing = Removing { directory, waiting: vec![reply], progress, stuck: None };
         self.removing.insert(name.clone(), removing);
-        self.operations.spawn(async move {
-            let result = match begun.result.await {
-                Ok(()) => Ok(()),
-                Err(OperationError::Remove(RemoveError::Nothing(_))) => Err(Error::NothingLeft(name.clone())),
-                Err(error) => Err(Error::RemoveFailed(name.clone(), error.to_string())),
-            };
-            (name, Done::LeftOverRemoved(result))
-        });
+        self.once(&name, begun.result, Self::is_left_over_removed);
     }
 
     /// Gives up waiting for removals that have got no further for [`DEADLINE`]. They go on if they can.
@@ -152,12 +145,17 @@ impl Engine {
     }
 
     /// What is left of a store was removed, or not.
-    pub(super) fn is_left_over_removed(&mut self, name: &StoreName, result: &Result<(), Error>) {
-        if result.is_ok() {
-            tracing::info!(store = %name, "{name}: what was left of it is removed");
-        }
+    fn is_left_over_removed(&mut self, name: &StoreName, result: Result<(), OperationError>) {
+        let result = match result {
+            Ok(()) => {
+                tracing::info!(store = %name, "{name}: what was left of it is removed");
+                Ok(())
+            }
+            Err(OperationError::Remove(RemoveError::Nothing(_))) => Err(Error::NothingLeft(name.clone())),
+            Err(error) => Err(Error::RemoveFailed(name.clone(), error.to_string())),
+        };
         if let Some(removing) = self.removing.remove(name) {
-            answer(removing.waiting, result);
+            answer(removing.waiting, &result);
             // It may be declared again, and wait for this.
             self.are_free(|spec| spec.is_of(name, &removing.directory));
         }
@@ -165,7 +163,7 @@ impl Engine {
     }
 
     /// What is in a store was removed, or not.
-    pub(super) fn is_removed(&mut self, name: &StoreName, result: Result<(), OperationError>) {
+    fn is_removed(&mut self, name: &StoreName, result: Result<(), OperationError>) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         let result = result.map_err(|error| Error::RemoveFailed(name.clone(), error.to_string()));
         if result.is_ok() {

@@ -85,14 +85,13 @@ impl Entry {
         }
     }
 
-    /// Has it stay as it is. Whether anything else was planned.
-    pub(in crate::supervisor) fn withdraw(&mut self) -> bool {
+    /// Has it stay as it is.
+    pub(in crate::supervisor) fn withdraw(&mut self) {
         self.clear(&[Problem::NotApplied]);
-        let was_to_change = self.next.take().is_some();
-        if was_to_change {
+        self.candidate = None;
+        if self.next.take().is_some() {
             self.clear(&[Problem::Busy]);
         }
-        self.candidate.take().is_some() || was_to_change
     }
 
     /// The specification that is declared, whether or not it is in force.

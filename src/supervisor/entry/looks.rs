@@ -54,7 +54,7 @@ impl Entry {
 
     /// Notes whether it takes writes: its mount, and the filesystem of its upper layer.
     pub(in crate::supervisor) fn look_at_room(&mut self) {
-        let mut wrong = self.rooms.wrong.clone();
+        let mut wrong = self.room.clone();
         if self.read_only {
             let message =
                 "the kernel refuses writes to it; look for errors of the upper layer's filesystem, or remount it rw";

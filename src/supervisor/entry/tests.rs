@@ -381,11 +381,11 @@ fn a_mount_with_other_options_or_without_writes_is_told_of_until_it_is_right() {
     assert_eq!(told(true, None, Some("without nodev")), [Problem::MountOptions, Problem::ReadOnly]);
     assert_eq!(told(true, None, None), [Problem::ReadOnly]);
     assert_eq!(told(false, None, None), []);
-    entry.rooms.wrong = Some((Problem::Full, "there is no room".to_owned()));
+    entry.room = Some((Problem::Full, "there is no room".to_owned()));
     entry.look_at_room();
     assert_eq!(codes(&entry), [Problem::Full]);
     entry.mount = MountState::Absent;
-    entry.rooms.wrong = None;
+    entry.room = None;
     entry.look_at_mount();
     assert_eq!(codes(&entry), [Problem::Full], "nothing is seen of what is not mounted");
 }

@@ -7,11 +7,13 @@ use std::{
 
 use layered_stores_model::StoreName;
 use layered_stores_overlay::{probe::Stale, progress::Progress};
+use serde::Serialize;
 
 use crate::supervisor::Error;
 
 /// What a job does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// Looks at all paths of a store.
     Verify,
@@ -19,14 +21,39 @@ pub enum Kind {
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Verify => "verify",
-        })
+        self.serialize(f)
+    }
+}
+
+impl Kind {
+    /// All there are.
+    pub(crate) const ALL: [Self; 1] = [Self::Verify];
+
+    /// The error of one that could not come to its end.
+    pub(super) fn failed(self, store: &StoreName, why: String) -> Error {
+        match self {
+            Self::Verify => Error::RefreshFailed(store.clone(), why),
+        }
+    }
+}
+
+/// Something that a job has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What it is about, such as the name of a path, as it can be shown.
+    pub about: String,
+    /// What there is to say about it.
+    pub what: String,
+}
+
+impl From<Stale> for Finding {
+    fn from(stale: Stale) -> Self {
+        Self { about: stale.shown_name(), what: stale.symptom.to_string() }
     }
 }
 
 /// What a job has found.
-pub type Findings = Arc<[Stale]>;
+pub(crate) type Findings = Arc<[Finding]>;
 
 /// Something long that is done about a store. Everybody may look at it; what becomes of it, the engine decides.
 #[derive(Debug)]

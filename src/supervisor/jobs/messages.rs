@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use layered_stores_model::StoreName;
 use tokio_util::sync::CancellationToken;
 
-use super::{Findings, Job};
+use super::{Findings, Job, Kind};
 use crate::supervisor::entry::Reply;
 
 /// A connection to the bus.
@@ -28,6 +29,8 @@ pub struct Asked {
 /// What the engine is asked about jobs.
 #[derive(Debug)]
 pub enum JobCommand {
+    /// Have one done about a store, and wait for it.
+    Ask(Kind, StoreName, Caller, Reply<Asked>),
     /// What a job has found, once it is over.
     Result(u64, Caller, Reply<Findings>),
     /// Wait for it no more; for root, end it whoever waits.

@@ -16,7 +16,8 @@ use std::{
 };
 
 use bounds::KEEP;
-pub use job::{Findings, Job, Kind};
+pub(in crate::supervisor) use job::{Finding, Findings};
+pub use job::{Job, Kind};
 use layered_stores_model::StoreName;
 use layered_stores_overlay::progress::Progress;
 pub use messages::{Asked, Caller, JobCommand, JobNews};
@@ -147,9 +148,15 @@ impl Jobs {
         &self.works
     }
 
-    /// Takes what the work on a job has brought, which counts unless the job is over.
-    pub(super) fn came_back(&mut self, id: u64, outcome: Result<Findings, Error>, now: Instant) {
+    /// Takes what the work on a job has brought, which counts unless the job is over. `None`: it was called off before it began.
+    pub(super) fn came_back(&mut self, id: u64, brought: Option<Result<Findings, String>>, now: Instant) {
         self.at_work.retain(|_, at_work| *at_work != id);
+        let Some(Record { job, .. }) = self.all.get(&id) else { return };
+        let outcome = match brought {
+            Some(Ok(found)) => Ok(found),
+            Some(Err(why)) => Err(job.kind().failed(job.store(), why)),
+            None => Err(job.cancelled()),
+        };
         self.end(id, outcome, now);
     }
 
@@ -246,7 +253,7 @@ impl Jobs {
     }
 
     fn forget(&mut self, id: u64) {
-        self.checks.drop(Check::Forget(id));
+        self.checks.drop(&Check::Forget(id));
         if self.all.remove(&id).is_some() {
             self.tell(JobNews::Forgotten(id));
         }

@@ -1,9 +1,4 @@
-use std::ffi::OsString;
-
-use layered_stores_overlay::{
-    probe::{Stale, Symptom},
-    progress::Spot,
-};
+use layered_stores_overlay::progress::Spot;
 use tokio::sync::oneshot::{self, Receiver, error::TryRecvError};
 
 use super::{
@@ -34,7 +29,7 @@ fn caller(name: &str, uid: u32) -> Caller {
 }
 
 fn findings() -> Findings {
-    Arc::new([Stale { name: OsString::from("path"), symptom: Symptom::Missing }])
+    Arc::new([Finding { about: "path".to_owned(), what: "missing".to_owned() }])
 }
 
 fn cancelled(name: &str) -> Error {
@@ -90,7 +85,7 @@ impl Setup {
     }
 
     fn came_back(&mut self, id: u64) {
-        self.jobs.came_back(id, Ok(findings()), self.now);
+        self.jobs.came_back(id, Some(Ok(findings())), self.now);
     }
 }
 

@@ -18,10 +18,8 @@ use layered_stores_overlay::{
     left::Left,
     mountinfo::MountTable,
     place::MountId,
-    probe::Stale,
     progress::Progress,
     refresh::Changes,
-    room::Room,
     swap::{self, OldSuperblock, SafeKeeping as _},
     watch::Watches,
 };
@@ -35,6 +33,8 @@ use super::{Begun, Guard, Later, Machine, Operated, Refreshed, Refreshing, Swapp
 use crate::{
     supervisor::{
         handle::Command,
+        jobs::{Findings, Kind},
+        looks::{Look, Sight},
         mounts::MountMonitor,
         nix_daemon,
         operation::{self, Held, OperationError, Tools, Up},
@@ -203,8 +203,8 @@ impl Machine for Host {
         self.begin(spec, |tools, errand| operation::hold(tools, errand, locked))
     }
 
-    fn serve(&self, spec: &Arc<StoreSpec>) -> Operated<()> {
-        self.begin(spec, nix_daemon::serve)
+    fn serve(&self, spec: &Arc<StoreSpec>, below: Option<Arc<StoreSpec>>) -> Operated<()> {
+        self.begin(spec, |tools, errand| nix_daemon::serve(tools, errand, below))
     }
 
     fn stop(&self, spec: &Arc<StoreSpec>) -> Operated<()> {
@@ -241,17 +241,19 @@ impl Machine for Host {
         FdStore(name).let_go(number);
     }
 
-    fn other_owner(&self, spec: &Arc<StoreSpec>) -> Begun<Option<String>> {
-        self.begin(spec, |_, errand| operation::other_owner(errand))
+    fn look(&self, look: Look, spec: &Arc<StoreSpec>, below: Option<Arc<StoreSpec>>) -> Operated<Sight> {
+        self.begin(spec, |_, errand| operation::look_at(look, errand, below))
     }
 
-    fn room(&self, spec: &Arc<StoreSpec>) -> Operated<Room> {
-        self.begin(spec, |_, errand| operation::room(errand))
-    }
-
-    fn verify(&self, spec: &Arc<StoreSpec>, mount: Option<MountId>, progress: Arc<Progress>) -> Operated<Vec<Stale>> {
+    fn work(
+        &self,
+        kind: Kind,
+        spec: &Arc<StoreSpec>,
+        mount: Option<MountId>,
+        progress: Arc<Progress>,
+    ) -> Operated<Findings> {
         let errand = self.tools.threads.errand_with(Arc::clone(spec), Arc::clone(&progress));
-        Begun { progress, result: Box::pin(operation::verify(errand, mount)) }
+        Begun { progress, result: Box::pin(operation::work(kind, errand, mount)) }
     }
 
     fn remove(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>, own: Option<AbsolutePath>) -> Operated<()> {

@@ -15,11 +15,9 @@ use layered_stores_model::{
 use layered_stores_overlay::{
     mountinfo::MountTable,
     place::MountId,
-    probe::Stale,
     progress::{Progress, Spot},
     refresh::Changes,
     remove::RemoveError,
-    room::Room,
     swap::OldSuperblock,
 };
 use rustix::io::Errno;
@@ -31,6 +29,8 @@ use super::{
 };
 use crate::supervisor::{
     handle::Command,
+    jobs::{Findings, Kind},
+    looks::{Look, Sight},
     machine::{Begun, Guard, Later, Machine, Operated, Refreshed, Refreshing, SwappedOut},
     operation::{Held, Up},
     owed::Aim,
@@ -191,7 +191,7 @@ impl Machine for Simulated {
         self.begin(spec, |doing| doing.hold(locked))
     }
 
-    fn serve(&self, spec: &Arc<StoreSpec>) -> Operated<()> {
+    fn serve(&self, spec: &Arc<StoreSpec>, _: Option<Arc<StoreSpec>>) -> Operated<()> {
         self.begin(spec, Doing::serve)
     }
 
@@ -230,19 +230,18 @@ impl Machine for Simulated {
         world.kept.remove(&(name.clone(), number));
     }
 
-    fn other_owner(&self, spec: &Arc<StoreSpec>) -> Begun<Option<String>> {
-        self.begin(spec, async move |doing| {
-            let _ = doing.step(Spot::Upper).await;
-            None
-        })
+    fn look(&self, look: Look, spec: &Arc<StoreSpec>, _: Option<Arc<StoreSpec>>) -> Operated<Sight> {
+        self.begin(spec, |doing| doing.look_at(look))
     }
 
-    fn room(&self, spec: &Arc<StoreSpec>) -> Operated<Room> {
-        self.begin(spec, Doing::room)
-    }
-
-    fn verify(&self, spec: &Arc<StoreSpec>, _: Option<MountId>, progress: Arc<Progress>) -> Operated<Vec<Stale>> {
-        self.begin(spec, |doing| doing.verify(progress))
+    fn work(
+        &self,
+        kind: Kind,
+        spec: &Arc<StoreSpec>,
+        _: Option<MountId>,
+        progress: Arc<Progress>,
+    ) -> Operated<Findings> {
+        self.begin(spec, |doing| doing.work(kind, progress))
     }
 
     fn remove(&self, spec: &Arc<StoreSpec>, lock: Option<Guard>, _: Option<AbsolutePath>) -> Operated<()> {

@@ -25,7 +25,7 @@ use tokio::{
 use world::{NAMES, STATE_DIR, World};
 
 use super::{
-    Asker, Caller, Command, Engine, Error, Event as News, Handle, JobCommand, JobNews, Problem, State, Status,
+    Asker, Caller, Command, Engine, Error, Event as News, Handle, JobCommand, JobNews, Kind, Problem, State, Status,
     entry::Reply,
 };
 use crate::systemd::SocketState;
@@ -180,7 +180,8 @@ impl Play {
         let handle = self.daemon.handle.clone();
         let caller = Caller { name: ":1.7".to_owned(), uid: 0 };
         let answer = tokio::spawn(async move {
-            let asked = handle.ask(|reply| Command::Verify(name(of), caller.clone(), reply)).await?;
+            let verify = |reply| Command::Job(JobCommand::Ask(Kind::Verify, name(of), caller.clone(), reply));
+            let asked = handle.ask(verify).await?;
             let result = |reply| Command::Job(JobCommand::Result(asked.job.id(), caller, reply));
             match handle.ask(result).await {
                 // It was over, and this caller has read it as another asker.

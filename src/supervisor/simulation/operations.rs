@@ -18,6 +18,8 @@ use tokio::time::Instant;
 use super::world::World;
 use crate::{
     supervisor::{
+        jobs::{Findings, Kind},
+        looks::{Look, Sight},
         machine::{Follow, Guard, Refreshed, Refreshing, SwappedOut},
         operation::{Held, OperationError, Up},
         owed::Aim,
@@ -106,9 +108,9 @@ impl Drop for Alone<'_> {
 }
 
 /// That nobody else looks ahead meanwhile.
-struct Look<'a>(&'a Doing);
+struct LookingAhead<'a>(&'a Doing);
 
-impl Drop for Look<'_> {
+impl Drop for LookingAhead<'_> {
     fn drop(&mut self) {
         let is_other = |other: &Arc<StoreSpec>| !Arc::ptr_eq(other, &self.0.spec);
         self.0.world.lock().store(&self.0.spec.name).looked_ahead.retain(is_other);
@@ -134,7 +136,7 @@ impl Doing {
     }
 
     /// Begins a look ahead, of which there is one at a time for a specification.
-    fn look(&self) -> Look<'_> {
+    fn look(&self) -> LookingAhead<'_> {
         let mut world = self.world.lock();
         let looked_ahead = &mut world.store(self.name()).looked_ahead;
         let is_same = |other: &Arc<StoreSpec>| !other.needs_restart_for(&self.spec);
@@ -144,7 +146,7 @@ impl Doing {
         if are_two {
             self.world.blame(format!("{}: two look ahead at a time", self.name()));
         }
-        Look(self)
+        LookingAhead(self)
     }
 
     /// Begins something that is right only if the daemon has seen a certain state.
@@ -441,13 +443,22 @@ impl Doing {
         Ok(old.retire()?)
     }
 
-    pub(super) async fn room(self) -> Result<Room> {
+    pub(super) async fn look_at(self, look: Look) -> Result<Sight> {
         self.step(Spot::Upper).await?;
         let full = self.world.lock().store(self.name()).full;
-        Ok(if full { Room::ReadOnly(Errno::ROFS) } else { Room::Enough })
+        Ok(match look {
+            Look::Room => Sight::Room(if full { Room::ReadOnly(Errno::ROFS) } else { Room::Enough }),
+            Look::Owner => Sight::Owner(None),
+        })
     }
 
-    pub(super) async fn verify(self, progress: Arc<Progress>) -> Result<Vec<Stale>> {
+    pub(super) async fn work(self, kind: Kind, progress: Arc<Progress>) -> Result<Findings> {
+        match kind {
+            Kind::Verify => self.verify(progress).await,
+        }
+    }
+
+    async fn verify(self, progress: Arc<Progress>) -> Result<Findings> {
         Arc::clone(&progress).follow(|| progress::expect(PATHS));
         for _ in 0..PATHS {
             self.step(Spot::Merged).await?;
@@ -455,7 +466,7 @@ impl Doing {
         }
         let mut world = self.world.lock();
         let stale = world.store(self.name()).stale.keys();
-        Ok(stale.map(|name| Stale { name: name.clone(), symptom: Symptom::OtherFile }).collect())
+        Ok(stale.map(|name| Stale { name: name.clone(), symptom: Symptom::OtherFile }.into()).collect())
     }
 
     pub(super) async fn remove(self, lock: Option<Guard>) -> Result<()> {

@@ -135,12 +135,15 @@ fn an_upper_layer_of_roots_is_not_for_others_to_write_to() {
     store.spec = declare(None, None);
     drop(prepare(&store.spec, Known::of(&[])).expect("by default it does not write"));
     assert_eq!(permissions(), 0o755);
-    assert!(owner(&store.spec).is_ok());
+    assert!(owner(&store.spec, None).is_ok());
     for mode in [0o1775, 0o1777, 0o757] {
         give(upper, mode, Some(0));
         chown(upper, None, STRANGER).expect("chown");
         assert!(refused(&store), "{mode:o}");
-        assert!(matches!(owner(&store.spec), Err(OwnerError::Others(LayersError::UpperForOthers { .. }))), "{mode:o}");
+        assert!(
+            matches!(owner(&store.spec, None), Err(OwnerError::Others(LayersError::UpperForOthers { .. }))),
+            "{mode:o}"
+        );
     }
     give(upper, 0o750, Some(0));
     drop(prepare(&store.spec, Known::of(&[])).expect("nobody else writes"));
@@ -167,7 +170,10 @@ fn a_lower_store_that_roots_nix_opens_has_a_state_directory_of_roots() {
         let is_refused = matches!(prepared, Err(LayersError::LowerForOthers { .. }));
         assert!(is_refused || prepared.is_ok(), "{prepared:?}");
         drop(prepared);
-        assert_eq!(is_refused, matches!(owner(spec), Err(OwnerError::Others(LayersError::LowerForOthers { .. }))));
+        assert_eq!(
+            is_refused,
+            matches!(owner(spec, None), Err(OwnerError::Others(LayersError::LowerForOthers { .. })))
+        );
         is_refused
     };
     let at = lower.display();
