@@ -44,16 +44,28 @@ impl Engine {
         let due = self.entries.values().filter(is_due);
         let mut due: Vec<_> = due.map(|entry| (entry.refreshes.owed.due(), entry.spec.name.clone())).collect();
         due.sort_unstable();
+        // One change of a lower store concerns all stores on it, and each that ends would have all the others asked.
+        let mut places = UNASKED.saturating_sub(self.unasked(now).count());
         for (_, name) in due {
-            self.refresh(&name);
+            let is_waited_for = self.entries.get(&name).is_some_and(|entry| !entry.waiting.remounting.is_empty());
+            if places > 0 || is_waited_for {
+                self.refresh(&name);
+                let has_begun = self.entries.get(&name).is_some_and(|entry| entry.refreshes.unasked.is_some());
+                places = places.saturating_sub(has_begun.into());
+            }
         }
+    }
+
+    /// When the refreshes that nobody has asked for and that are being made count no more.
+    fn unasked(&self, now: Instant) -> impl Iterator<Item = Instant> {
+        let in_flight = self.entries.values().filter_map(|entry| entry.refreshes.unasked);
+        in_flight.map(|since| since + UNASKED_MOST).filter(move |&end| end > now)
     }
 
     /// When there may be another refresh that nobody has asked for.
     pub(super) fn unasked_from(&self, now: Instant) -> Instant {
-        let in_flight = self.entries.values().filter_map(|entry| entry.refreshes.unasked);
-        let ends = in_flight.map(|since| since + UNASKED_MOST).filter(|&end| end > now);
-        if ends.clone().count() < UNASKED { now } else { ends.min().unwrap_or(now) }
+        let ends: Vec<_> = self.unasked(now).collect();
+        if ends.len() < UNASKED { now } else { ends.into_iter().min().unwrap_or(now) }
     }
 
     /// Serves those who have asked while something else was being done.
