@@ -257,6 +257,16 @@ def describe(machine: Machine) -> None:
     print("in the machine: " + "; ".join(versions.splitlines()) + ".")
 
 
+def print_sizes(machine: Machine) -> None:
+    """What is read from the disk before the hook, or another of them, can begin."""
+    print("\n### Size of the executables, KiB\n")
+    print(row("executable", "KiB"))
+    print(row("---", "---:"))
+    for name in ("layered-stores-remount", "layered-stores", "layered-storesd"):
+        size = machine.succeed(f"stat --dereference --format %s $(command -v {name})")
+        print(row(f"`{name}`", f"{int(size) / 1024:.0f}"))
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--stores", type=int, nargs="+", default=[1, 10, 100, 1000])
@@ -289,6 +299,7 @@ def main() -> int:
             return 0
         configure(machine, 1)
         machine.succeed("systemctl start layered-storesd")
+        print_sizes(machine)
         bench_hook(machine, options.hook_rounds)
         results = [bench_start(machine, number, options.rounds) for number in options.stores]
 

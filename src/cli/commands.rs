@@ -100,10 +100,12 @@ async fn each(
     act: impl AsyncFn(&Client, StoreName) -> Result<(), ClientError>,
 ) -> Result<ExitCode> {
     let client = Client::connect().await?;
+    // An unknown name is told in the same words everywhere, and before anything is done.
+    for name in &names {
+        client.status(name).await?;
+    }
     let mut code = 0;
     for name in names {
-        // An unknown name is told in the same words everywhere.
-        client.status(&name).await?;
         match act(&client, name).await {
             Ok(()) => {}
             Err(error) => {

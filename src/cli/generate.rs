@@ -155,6 +155,9 @@ fn of_stores() -> Vec<String> {
 fn with_names(shell: Shell, script: &str) -> String {
     match shell {
         Shell::Bash => {
+            // clap_complete (4.6.11) takes the dash of the program's name for one between commands, here and not there: no
+            // command would have its options completed.
+            let script = script.replace("layered__subcmd__stores", "layered__stores");
             let commands = of_stores().join("|");
             format!(
                 r#"{script}
@@ -168,7 +171,7 @@ _layered__stores_with_names() {{
         ;;
     esac
 }}
-complete -F _layered__stores_with_names layered-stores
+complete -F _layered__stores_with_names -o bashdefault -o default layered-stores
 "#
             )
         }
@@ -211,6 +214,19 @@ mod tests {
     fn commands_whose_arguments_are_stores_have_them_completed() {
         let expected = ["status", "uri", "start", "stop", "remount", "verify", "remove-data", "wait", "enter"];
         assert_eq!(of_stores(), expected);
+    }
+
+    #[test]
+    fn bash_completes_the_options_of_every_command() {
+        let dir = tempfile::tempdir().expect("a directory");
+        completions(dir.path()).expect("written");
+        let script = fs::read_to_string(dir.path().join("layered-stores.bash")).expect("written");
+        let commands = script.split("cmd=\"").skip(1).filter_map(|rest| rest.split('"').next());
+        let commands: Vec<_> = commands.filter(|command| !command.is_empty()).collect();
+        assert!(commands.len() > 10, "{commands:?}");
+        for command in commands {
+            assert!(script.contains(&format!("\n        {command})\n")), "nothing is completed for {command}");
+        }
     }
 
     #[test]

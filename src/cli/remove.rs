@@ -38,7 +38,8 @@ pub(super) async fn remove_data(name: &StoreName, yes: bool) -> Result<ExitCode>
     if !yes {
         if !io::stdin().is_terminal() {
             complain(&format!(
-                "what is in {name:?} is removed without a question with `remove-data --yes {name}` only"
+                "standard input is no terminal, so that nobody can be asked; `layered-stores remove-data --yes {name}` removes all \
+                 that is in it without a question"
             ));
             return Ok(ExitCode::from(USAGE));
         }

@@ -112,6 +112,11 @@ impl Owed {
         pause
     }
 
+    /// Adds what was found to be wrong, for who asks for a refresh.
+    pub(super) fn found(&mut self, changes: Changes) {
+        self.put_off.merge(changes);
+    }
+
     /// Notes that an aim has come off. If nothing is put off any more, what fails next is new.
     pub(super) fn is_right(&mut self) {
         if self.put_off.is_empty() {
@@ -291,6 +296,14 @@ mod tests {
         all.merge(changes("b"));
         assert_eq!(owed.take(start, true), full(all, Rung::Reconfigure));
         assert_eq!(owed.due(), None);
+    }
+
+    #[test]
+    fn what_was_found_to_be_wrong_is_for_who_asks() {
+        let (mut owed, start) = (Owed::default(), Instant::now());
+        owed.found(changes("a"));
+        assert_eq!((owed.due(), owed.take(start, false)), (None, None));
+        assert_eq!(owed.take(start, true), full(changes("a"), Rung::Reconfigure));
     }
 
     #[test]

@@ -51,8 +51,8 @@ const LONG: usize = 4;
 /// theirs.
 const JOBS: usize = 2;
 
-/// How much asks the name service at a time of what nobody waits for. It keeps its place until it is answered: without an answer,
-/// there are no more threads in that than this.
+/// How much asks the name service at a time of what nobody waits for. It keeps its place until it is answered: of a name service that
+/// does not answer there are no more threads than this.
 const ASKING: usize = 2;
 
 /// How much may stall at a time of stores on the same filesystems, and of all: the rest of the threads is for stores on
@@ -211,8 +211,26 @@ impl Errand {
         &self,
         work: impl FnOnce() -> Result<T, OperationError> + Send + 'static,
     ) -> Result<T, OperationError> {
-        let _place = self.threads.0.asking.acquire().await;
-        self.run(work).await
+        let place = self.threads.0.asking.acquire().await;
+        let mut done = std::pin::pin!(self.run(work));
+        tokio::select! {
+            biased;
+            done = &mut done => return done,
+            // What hangs elsewhere has nothing to do with the others.
+            () = self.stalls_elsewhere() => drop(place),
+        }
+        done.await
+    }
+
+    /// Waits until work has got no further for [`STALL`], and not for the name service.
+    async fn stalls_elsewhere(&self) {
+        loop {
+            self.stalls().await;
+            match self.progress.spot() {
+                Some((Spot::Accounts, _)) => tokio::time::sleep(STALL).await,
+                _ => return,
+            }
+        }
     }
 
     /// Does work that may look at every path of a store.

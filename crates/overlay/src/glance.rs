@@ -3,6 +3,10 @@
 //! What the [probe](super::probe) looks for, for names that have just come or gone, and without a trace: a look through the merged
 //! directory would have the kernel remember each name as it is in this moment, in which it may be half made. So it is asked
 //! only for what it remembers already (`RESOLVE_CACHED`, Linux 5.12), and what it does not remember is right.
+//!
+//! What it remembers it may keep to itself: where a filesystem has a say in it (`d_revalidate`: FUSE, NFS), and while anybody
+//! mounts or unmounts anything anywhere, which every user can, in a namespace of their own. So a glance is for those who cannot
+//! wait, and never the last look.
 
 use std::{
     collections::BTreeSet,
@@ -63,8 +67,8 @@ fn is_there(layer: &OwnedFd, name: &OsStr) -> Result<Option<bool>, Errno> {
     }
 }
 
-/// Whether the kernel remembers a name as being there. `None`: it does not remember anything.
-pub(crate) fn remembered(merged: &OwnedFd, name: &OsStr) -> Result<Option<bool>, Errno> {
+/// Whether the kernel remembers a name as being there. `None`: it does not remember anything, or does not say.
+fn remembered(merged: &OwnedFd, name: &OsStr) -> Result<Option<bool>, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     match rustix::fs::openat2(merged, name, flags, Mode::empty(), ResolveFlags::CACHED) {
         Ok(_) => Ok(Some(true)),

@@ -22,7 +22,6 @@ use rustix::{
 };
 
 use super::{
-    glance,
     progress::{self, Spot},
     walk,
 };
@@ -113,24 +112,6 @@ pub fn stale(layers: &Layers, names: impl IntoIterator<Item: AsRef<OsStr>>) -> R
     let mut stale = Vec::new();
     for name in names {
         stale.extend(probe_twice(&view, name.as_ref())?);
-    }
-    Ok(stale)
-}
-
-/// The same among those of `names` that the kernel remembers in some way. What it does not remember it looks for in the layers
-/// when somebody asks, and is not made to remember by this. Of most changes of a lower store that is theirs as well, most stores
-/// have never heard.
-///
-/// # Errors
-/// The kernel's answer when a layer or the merged directory cannot be looked at.
-pub fn stale_of_remembered(layers: &Layers, names: impl IntoIterator<Item: AsRef<OsStr>>) -> Result<Vec<Stale>, Errno> {
-    let view = View::of(layers)?;
-    let mut stale = Vec::new();
-    for name in names {
-        progress::at(Spot::Merged);
-        if glance::remembered(&view.merged, name.as_ref())?.is_some() {
-            stale.extend(probe_twice(&view, name.as_ref())?);
-        }
     }
     Ok(stale)
 }

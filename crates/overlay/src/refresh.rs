@@ -328,14 +328,7 @@ fn climb(
         return Ok(report(Outcome::Swapped, swapped, probe()?));
     }
     if from == Rung::Probe && !changes.is_lost() {
-        // What somebody has mounted over it is not remembered to be wrong.
-        let known = Some(Top::of(layers, known)?.id());
-        let found = if changes.unknown {
-            probe()?
-        } else {
-            let stale = probe::stale_of_remembered(layers, &changes.names).map_err(cannot_look)?;
-            (stale, changes.names.len())
-        };
+        let found = probe()?;
         if found.0.is_empty() {
             return Ok(report(Outcome::Current, known, found));
         }

@@ -58,6 +58,12 @@ impl Engine {
             let _ = reply.send(Err(Error::Stuck(name.clone(), stuck.clone())));
             return;
         }
+        if !entry.declared {
+            let why =
+                "it is declared no more, and is being taken down; declare it again, and run `layered-stores reload`";
+            let _ = reply.send(Err(Error::StartFailed(name.clone(), why.to_owned())));
+            return;
+        }
         // As systemd does it: what a store requires is started with it.
         let mut next = Some(name.clone());
         while let Some(entry) = next.and_then(|name| self.entries.get_mut(&name)) {

@@ -70,6 +70,10 @@ impl Engine {
             Ok(()) => {
                 entry.serving.made(service, now);
                 entry.clear(&[Problem::DaemonFailed]);
+                // It was made because its directories were found to be whose they should be.
+                if entry.has(Problem::OtherOwner) {
+                    entry.looks.at_once(Look::Owner, now);
+                }
             }
             Err(error) => {
                 entry.serving.failed(now);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use layered_stores_model::StoreName;
-use layered_stores_overlay::progress::Progress;
+use layered_stores_overlay::{progress::Progress, refresh::Changes};
 use tokio::time::Instant;
 
 use super::Engine;
@@ -59,11 +59,16 @@ impl Engine {
 
     /// Takes what the work on a job has brought; `None` if it was called off before it began.
     fn job_came_back(&mut self, name: &StoreName, id: u64, brought: Option<Result<Findings, OperationError>>) {
-        let brought = brought.map(|brought| brought.map_err(|error| error.to_string()));
-        self.jobs.came_back(id, brought, Instant::now());
         if let Some(entry) = self.entries.get_mut(name) {
             entry.forget_ended();
+            // The way out that is said is to ask for a refresh, which looks at them then whatever was missed before.
+            if let Some(Ok(found)) = &brought {
+                let names = found.iter().map(|finding| finding.about.clone().into()).collect();
+                entry.refreshes.owed.found(Changes { names, ..Changes::default() });
+            }
         }
+        let brought = brought.map(|brought| brought.map_err(|error| error.to_string()));
+        self.jobs.came_back(id, brought, Instant::now());
         self.begin_jobs(name);
     }
 }

@@ -1,19 +1,31 @@
 //! Looking at stores that are up, and what follows from what is seen.
 
+use std::sync::Arc;
+
 use layered_stores_model::StoreName;
-use layered_stores_overlay::room::Room;
+use layered_stores_overlay::{progress::Spot, room::Room};
 use tokio::time::Instant;
 
 use super::Engine;
 use crate::supervisor::{
     entry::Entry,
     looks::{Look, Sight},
-    machine::Machine,
+    machine::{Follow, Machine},
     operation::OperationError,
     plan::Phase,
     room,
     status::Problem,
 };
+
+/// How far a look has come. A name service that does not answer is no reason to have a store wait that goes on without it.
+#[derive(Debug)]
+struct WithoutAccounts(Arc<dyn Follow>);
+
+impl Follow for WithoutAccounts {
+    fn waits_for(&self) -> Option<(Spot, Instant)> {
+        self.0.waits_for().filter(|(spot, _)| *spot != Spot::Accounts)
+    }
+}
 
 /// When a store is to be looked at.
 pub(super) fn look_due(entry: &Entry) -> Option<Instant> {
@@ -37,11 +49,14 @@ impl Engine {
         let below = self.below(name);
         let Some(entry) = self.entries.get_mut(name) else { return };
         let begun = self.machine.look(look, &entry.spec, below);
-        // A name service that does not answer is no reason to have a store wait that goes on without it.
-        if look != Look::Owner {
-            entry.follow(&begun.progress);
-        }
-        self.once(name, begun.result, move |engine, name, seen| engine.has_looked(name, look, seen));
+        let followed: Arc<dyn Follow> = Arc::new(WithoutAccounts(begun.progress));
+        entry.follow(&followed);
+        let result = async move {
+            let seen = begun.result.await;
+            drop(followed);
+            seen
+        };
+        self.once(name, result, move |engine, name, seen| engine.has_looked(name, look, seen));
     }
 
     fn has_looked(&mut self, name: &StoreName, look: Look, seen: Result<Sight, OperationError>) {

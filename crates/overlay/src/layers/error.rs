@@ -297,8 +297,8 @@ pub enum LayersError {
     #[error(
         "upper-layer: {path}, with group {group} and mode {mode:04o}, is for others than root to write to, and root's Nix \
          follows the links that they put there; run `chmod go-w {path}`, take away what in it is not root's, and leave `mode` \
-         away, or give the store an `owner`. Nix's build users may write there: if these are they, name their group in \
-         /etc/nix/nix.conf (`build-users-group`)",
+         away, or give the store an `owner`. Nix's build users may write there: if it was given to others than them, `chgrp` gives it \
+         back, and if these are they, name their group in /etc/nix/nix.conf (`build-users-group`)",
         group = group_name(*gid)
     )]
     UpperForOthers {

@@ -35,21 +35,6 @@ fn a_path_that_was_deleted_in_the_upper_layer_shows_the_lower_one_after_a_reconf
 }
 
 #[test]
-fn what_nobody_has_looked_for_is_right_and_is_not_looked_for_by_a_refresh_nobody_has_asked_for() {
-    needs_root!();
-    let store = Store::mounted();
-    fs::create_dir(store.lower()).expect("made");
-    let report = store.refresh(&changed(), Rung::Probe).expect("refreshed");
-    assert_eq!((report.outcome, report.still_stale.len()), (Outcome::Current, 0));
-    fs::remove_dir(store.lower()).expect("removed");
-    assert!(!store.merged().exists(), "the kernel was not made to remember it");
-    fs::create_dir(store.lower()).expect("made");
-    assert!(!store.merged().exists(), "now it remembers");
-    let report = store.refresh(&changed(), Rung::Probe).expect("refreshed");
-    assert_eq!((report.outcome, store.merged().exists()), (Outcome::Reconfigured, true));
-}
-
-#[test]
 fn a_pinned_file_does_not_keep_a_deleted_path_alive() {
     needs_root!();
     let store = Store::mounted();
