@@ -394,6 +394,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_asks_keeps_a_place_from_others_only_while_the_name_service_does_not_answer() {
+        let threads = Threads::new().await.expect("threads");
+        for (spot, is_free) in [(Spot::Lower, true), (Spot::Accounts, false)] {
+            let (go_on, waits) = mpsc::channel::<()>();
+            let waits = Arc::new(Mutex::new(waits));
+            let mut hung = tokio::task::JoinSet::new();
+            for _ in 0..ASKING {
+                let (waits, errand) = (Arc::clone(&waits), threads.errand(spec("a", "/lower")));
+                let work = move || {
+                    layered_stores_overlay::progress::at(spot);
+                    let _ = lock(&waits).recv();
+                    Ok(())
+                };
+                hung.spawn(async move { errand.run_asking(work).await });
+            }
+            while threads.0.asking.available_permits() > 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let other = threads.errand(spec("b", "/lower"));
+            let asked = tokio::time::timeout(STALL * 3, other.run_asking(|| Ok(7))).await;
+            assert_eq!(matches!(asked, Ok(Ok(7))), is_free, "{spot:?}");
+            drop(go_on);
+            while let Some(done) = hung.join_next().await {
+                assert!(matches!(done, Ok(Ok(()))));
+            }
+        }
+    }
+
+    #[tokio::test]
     async fn work_that_hangs_leaves_threads_to_others() {
         let threads = Threads::new().await.expect("threads");
         // /proc is a mount on every machine, so the two lie on different filesystems.
