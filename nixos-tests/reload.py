@@ -307,6 +307,8 @@ with subtest("A store in use that is declared no more stays until it is free"):
     t.assertEqual((found["state"], found["declared"]), ("active", False))
     problems = json.dumps(found["problems"])
     t.assertIn('"code": "busy"', problems)
+    said = machine.fail(f"layered-stores start {found['name']} 2>&1")
+    t.assertIn("it is declared no more, and is being taken down; declare it again", said)
     t.assertIn(f"sleep (pid {pid})", problems)
     t.assertEqual(machine.execute("layered-stores status new-2")[0], 3)
     t.assertEqual(identity("new-2"), mount)

@@ -132,7 +132,7 @@ with subtest("Garbage collection calls the hook as well"):
 
 if not SWAPS:
     with subtest("Where the kernel cannot swap, that is said once, and what it means"):
-        # Of one run of the daemon: on a slow machine the watchdog may have ended one that was stopped.
+        # On a slow machine the watchdog may have ended one that was stopped, and this is the next.
         run = machine.succeed("systemctl show -P InvocationID layered-storesd").strip()
         said = machine.succeed(f"journalctl --output=cat _SYSTEMD_INVOCATION_ID={run}")
         t.assertEqual(said.count("this kernel cannot replace a mount that is in use"), 1, said)
