@@ -162,7 +162,8 @@ fn with_names(shell: Shell, script: &str) -> String {
             format!(
                 r#"{script}
 _layered__stores_with_names() {{
-    _layered__stores "$@"
+    # That nothing of its own is offered is no failure.
+    _layered__stores "$@" || :
     case ${{COMP_WORDS[1]}} in
     {commands})
         if [[ $COMP_CWORD -ge 2 && ${{COMP_WORDS[COMP_CWORD]}} != -* ]]; then

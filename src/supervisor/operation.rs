@@ -332,11 +332,10 @@ pub(super) async fn refresh(
         // One that cannot be followed is not counted. The kernel has enough of it to say so elsewhere.
         let _ = old.as_ref().map(|old| tools.left.follow(&spec.name, old));
         if let Ok(report) = &report
-            && whole
-            && report.is_right()
-            && kept != Some(report.fingerprint)
+            && let Some(fingerprint) = report.on_record(whole && report.is_right())
+            && kept != Some(fingerprint)
         {
-            tools.records.keep_fingerprint(&spec.name, &report.fingerprint);
+            tools.records.keep_fingerprint(&spec.name, &fingerprint);
         }
         Ok((report.map_err(OperationError::from), old))
     };

@@ -138,6 +138,16 @@ impl Report {
     pub fn is_right(&self) -> bool {
         self.still_stale.is_empty() && !self.lost
     }
+
+    /// What is to be on record after it. A fresh superblock is made of the directories that are there now, also if not all was looked
+    /// at: those that were there before may be known again by nothing but a number that the kernel gives to others.
+    pub fn on_record(&self, is_all_right: bool) -> Option<Fingerprint> {
+        match (is_all_right, self.outcome) {
+            (true, _) => Some(self.fingerprint),
+            (false, Outcome::Swapped) => Some(self.fingerprint.of_unknown_names()),
+            (false, _) => None,
+        }
+    }
 }
 
 /// A refresh that could not be carried out.
@@ -229,6 +239,13 @@ impl Fingerprint {
             })
         };
         Ok(Self { upper: stamp(Spot::Upper, &layers.upper)?, lower: stamp(Spot::Lower, &layers.lower)? })
+    }
+
+    /// The same directories, of which it is not known what was in them.
+    #[must_use]
+    pub fn of_unknown_names(self) -> Self {
+        let unknown = |stamp| DirectoryStamp { seconds: 0, nanoseconds: 0, ..stamp };
+        Self { upper: unknown(self.upper), lower: unknown(self.lower) }
     }
 
     /// Whether the lower directory is the one it was. A superblock goes on with the one it was made of.

@@ -157,7 +157,8 @@ impl Engine {
         } else if !report.lost && can_swap {
             owed.leave_lost(&mut aim);
         }
-        let on_record = aim.whole && report.is_right() && !owed.has_left_lost();
+        let is_all_right = aim.whole && report.is_right() && !owed.has_left_lost();
+        let on_record = report.on_record(is_all_right);
         // What has changed again since then is the next one's. A fresh view is wrong of nothing else.
         let is_fresh = has_swapped && owed.has_seen_anything();
         report.still_stale.retain(|stale| !is_fresh && !owed.has_seen(&stale.name));
@@ -165,13 +166,13 @@ impl Engine {
         let may_swap_help = !has_swapped && can_swap;
         // Whoever waits is answered before anything is logged or published: it is Nix that waits.
         let waiting = std::mem::take(&mut entry.waiting.refreshing);
+        entry.refreshes.fingerprint = on_record.or(entry.refreshes.fingerprint);
         entry.clear(&[Problem::RefreshFailed]);
         match verdict(is_right, may_swap_help, !is_right && are_held()) {
             Verdict::Right => {
                 answer(waiting, &Ok(()));
                 entry.refreshes.owed.is_right();
-                if on_record {
-                    entry.refreshes.fingerprint = Some(report.fingerprint);
+                if is_all_right {
                     entry.whereabouts.lower_is_right();
                 }
                 if aim.whole {

@@ -46,6 +46,8 @@ fn a_pinned_file_does_not_keep_a_deleted_path_alive() {
     let (report, old) = store.refresh_to(&changed(), (Rung::Probe, Rung::Swap));
     let report = report.expect("refreshed");
     assert_eq!((report.outcome, report.still_stale.len()), (Outcome::Swapped, 0));
+    let (part, all) = (report.on_record(false).expect("swapped"), report.on_record(true));
+    assert!(part.has_lower_of(&report.fingerprint) && part != report.fingerprint && all == Some(report.fingerprint));
     assert_eq!(store.read(), "lower");
     assert_eq!(std::io::read_to_string(pinned).expect("still readable"), "upper");
     assert_eq!(store.state(), MountState::Mounted { read_only: false, twice: false, unpinned: None, flags: None });
