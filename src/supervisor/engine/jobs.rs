@@ -53,16 +53,22 @@ impl Engine {
             let begun = self.machine.work(kind, &entry.spec, entry.mounted, Arc::clone(&progress));
             entry.follow(&begun.progress);
             let work = self.jobs.works().follow(cancel, progress, begun.result);
-            self.once(name, work, move |engine, name, brought| engine.job_came_back(name, id, brought));
+            self.once(name, work, move |engine, name, brought| engine.job_came_back(name, kind, id, brought));
         }
     }
 
     /// Takes what the work on a job has brought; `None` if it was called off before it began.
-    fn job_came_back(&mut self, name: &StoreName, id: u64, brought: Option<Result<Findings, OperationError>>) {
+    fn job_came_back(
+        &mut self,
+        name: &StoreName,
+        kind: Kind,
+        id: u64,
+        brought: Option<Result<Findings, OperationError>>,
+    ) {
         if let Some(entry) = self.entries.get_mut(name) {
             entry.forget_ended();
             // The way out that is said is to ask for a refresh, which looks at them then whatever was missed before.
-            if let Some(Ok(found)) = &brought {
+            if let (Kind::Verify, Some(Ok(found))) = (kind, &brought) {
                 let names = found.iter().map(|finding| finding.about.clone().into()).collect();
                 entry.refreshes.owed.found(Changes { names, ..Changes::default() });
             }
