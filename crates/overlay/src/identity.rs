@@ -160,6 +160,10 @@ pub fn retained(spec: &StoreSpec, records: &[Marks]) -> Marks {
 /// [`LayersError::HalfRemoved`], [`LayersError::Missing`], [`LayersError::Another`], [`LayersError::OfOther`],
 /// [`LayersError::LinkedDatabase`], and what [`check_pair`] says.
 pub fn require(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError> {
+    walk::together(|| require_all(spec, known))
+}
+
+fn require_all(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError> {
     // What has no database any more may be about to lose the rest, and has no mark by which it is known.
     mark::refuse_half_removed(spec)?;
     let (upper, state) = expected(spec, known);

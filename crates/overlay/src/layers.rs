@@ -30,7 +30,7 @@ use super::{
     lock::UpperLock,
     mark,
     progress::{self, Spot},
-    walk::{Owner, Walk, readable, refer_to, stat},
+    walk::{self, Owner, Walk, readable, refer_to, stat},
 };
 
 /// Makes and checks all directories of a store that is not mounted, and takes its lock.
@@ -48,8 +48,19 @@ pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks),
         Some(wanted) => ephemeral::ensure(wanted)?,
         None => refuse_left_over(spec)?,
     }
+    // Nothing is mounted from here on.
+    walk::together(|| prepare_own(spec, known, owner, &build_users))
+}
+
+/// Makes and checks the directories that are a store's own.
+fn prepare_own(
+    spec: &StoreSpec,
+    known: Known<'_>,
+    owner: Owner,
+    build_users: &BuildUsers<'_>,
+) -> Result<(UpperLock, Marks), LayersError> {
     let (upper, state) = identity::expected(spec, known);
-    let directories = make_upper(spec, owner, &build_users, &upper)?;
+    let directories = make_upper(spec, owner, build_users, &upper)?;
     let lock = UpperLock::take(&spec.layers.upper)?;
     mark::refuse_half_removed(spec)?;
     let state_dir = prepare_root(spec, owner, &state)?;
@@ -71,6 +82,10 @@ pub fn prepare(spec: &StoreSpec, known: Known<'_>) -> Result<(UpperLock, Marks),
 /// # Errors
 /// [`LayersError`], as of [`prepare`].
 pub fn look_ahead(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError> {
+    walk::together(|| look_at_all(spec, known))
+}
+
+fn look_at_all(spec: &StoreSpec, known: Known<'_>) -> Result<(), LayersError> {
     let build_users = BuildUsers::of(spec);
     let owner = resolve_owner(spec, &build_users)?;
     // That of a layered store is there when that is up.
@@ -121,6 +136,10 @@ fn refuse_left_over(spec: &StoreSpec) -> Result<(), LayersError> {
 /// # Errors
 /// [`LayersError`].
 pub fn look_over(spec: &StoreSpec, known: Known<'_>) -> Result<Marks, LayersError> {
+    walk::together(|| look_over_all(spec, known))
+}
+
+fn look_over_all(spec: &StoreSpec, known: Known<'_>) -> Result<Marks, LayersError> {
     let (upper, merged) = (&spec.layers.upper, &spec.layers.merged);
     let (expected, state) = identity::expected(spec, known);
     let mounted = Walk::new("root").to(merged)?;

@@ -67,6 +67,11 @@ pub enum MountError {
 /// # Errors
 /// [`MountError`]; nothing is mounted then.
 pub fn mount(layers: &Layers, upper: Option<&Id>) -> Result<MountId, MountError> {
+    // What is mounted here is on the way to nothing.
+    walk::together(|| mount_at(layers, upper))
+}
+
+fn mount_at(layers: &Layers, upper: Option<&Id>) -> Result<MountId, MountError> {
     let merged = &layers.merged;
     let fresh = fresh_mount(layers, upper)?;
     let attach = |errno| MountError::Attach(merged.clone(), errno);

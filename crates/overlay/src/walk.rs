@@ -6,6 +6,7 @@
 //! of its own, since the group's bits of a mode are the most that a list grants (acl(5)).
 
 use std::{
+    cell::RefCell,
     ffi::CStr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
@@ -46,6 +47,53 @@ pub(super) enum Writers {
     Root,
     /// Others as well, but only root can take away or rename what is root's: the directory is sticky, as /tmp.
     Others,
+}
+
+thread_local! {
+    /// The directories on the way that this thread has come through, while its walks go [`together`].
+    static WALKED: RefCell<Option<Vec<Walked>>> = const { RefCell::new(None) };
+}
+
+/// A directory on the way.
+struct Walked {
+    path: String,
+    dir: OwnedFd,
+    writers: Writers,
+}
+
+/// Has all walks of `work` open and look at each directory on the way once.
+///
+/// For work that mounts nothing on the way. Nobody but root could have something else found there a moment later.
+pub(super) fn together<T>(work: impl FnOnce() -> T) -> T {
+    struct Forget;
+    impl Drop for Forget {
+        fn drop(&mut self) {
+            WALKED.set(None);
+        }
+    }
+    if WALKED.with_borrow(Option::is_some) {
+        return work();
+    }
+    WALKED.set(Some(Vec::new()));
+    let _forget = Forget;
+    work()
+}
+
+/// The last of the directories on the way to `path` that is known, and how much of the path leads there.
+fn known_on_the_way(path: &str) -> Option<(OwnedFd, Writers, usize)> {
+    WALKED.with_borrow(|walked| {
+        let leads_there = |known: &&Walked| path.strip_prefix(&known.path).is_some_and(|rest| rest.starts_with('/'));
+        let known = walked.as_ref()?.iter().filter(leads_there).max_by_key(|known| known.path.len())?;
+        Some((known.dir.try_clone().ok()?, known.writers, known.path.len()))
+    })
+}
+
+fn remember(path: &str, dir: &OwnedFd, writers: Writers) {
+    WALKED.with_borrow_mut(|walked| {
+        if let (Some(walked), Ok(dir)) = (walked, dir.try_clone()) {
+            walked.push(Walked { path: path.to_owned(), dir, writers });
+        }
+    });
 }
 
 impl Walk {
@@ -94,10 +142,17 @@ impl Walk {
             "root" => Spot::Root,
             _ => Spot::Upper,
         });
-        let mut dir = rustix::fs::open("/", REFER, Mode::empty()).map_err(|e| self.sys("open", "/", e))?;
-        let mut writers = self.check_parent(dir.as_fd(), "/")?;
-        let mut components = path.components().peekable();
-        let mut walked = String::with_capacity(path.as_str().len());
+        let (mut dir, mut writers, known) = match known_on_the_way(path.as_str()) {
+            Some(known) => known,
+            None => {
+                let dir = rustix::fs::open("/", REFER, Mode::empty()).map_err(|e| self.sys("open", "/", e))?;
+                let writers = self.check_parent(dir.as_fd(), "/")?;
+                (dir, writers, 0)
+            }
+        };
+        let (walked, rest) = path.as_str().split_at(known);
+        let mut components = rest.split('/').skip(1).peekable();
+        let mut walked = walked.to_owned();
         while let Some(component) = components.next() {
             if components.peek().is_none() {
                 return Ok((dir, component, writers));
@@ -112,6 +167,7 @@ impl Walk {
                 result => result?,
             };
             writers = self.check_parent(dir.as_fd(), &walked)?;
+            remember(&walked, &dir, writers);
         }
         unreachable!("an AbsolutePath has a component")
     }
@@ -244,4 +300,34 @@ fn mode(stat: &Statx) -> Mode {
 
 fn permissions(stat: &Statx) -> u32 {
     u32::from(stat.stx_mode) & 0o7777
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn walks_that_go_together_open_each_directory_on_the_way_once() {
+        let dirs = ["/usr", "/usr/share", "/usr/bin"].map(|dir| dir.parse::<AbsolutePath>().expect("valid"));
+        let walk = Walk::new("root");
+        let of = |path: &AbsolutePath| {
+            let (parent, name, _) = walk.to_any_parent(path).expect("directories of root's");
+            let dir = walk.step(&parent, name, path.as_str()).expect("there");
+            stat(dir.as_fd()).map(|stat| (stat.stx_mnt_id, stat.stx_ino)).expect("looked at")
+        };
+        let apart = dirs.each_ref().map(of);
+        let known = || WALKED.with_borrow(|walked| walked.as_ref().map(|walked| walked.len()));
+        together(|| {
+            assert_eq!(known(), Some(0));
+            assert_eq!(together(|| dirs.each_ref().map(of)), apart, "they lead to the same");
+            assert_eq!(known(), Some(1), "/usr, for both that are in it");
+            let longer = "/usr/share/doc".parse().expect("valid");
+            assert!(known_on_the_way("/usr/sharee").is_some_and(|(_, _, length)| length == "/usr".len()));
+            let _ = walk.to_any_parent(&longer);
+            assert_eq!(known(), Some(2), "what is known leads further");
+        });
+        assert_eq!(known(), None, "nothing is kept open");
+        let panicked = std::panic::catch_unwind(|| together(|| panic!("as work may")));
+        assert!(panicked.is_err() && known().is_none());
+    }
 }

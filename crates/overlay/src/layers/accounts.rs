@@ -1,6 +1,10 @@
 //! Whom the directories of a store are for.
 
-use std::cell::OnceCell;
+use std::{
+    cell::OnceCell,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use layered_stores_model::{BUILD_USERS, Ownership, StoreSpec};
 use nix::unistd::{Gid, Group, Uid, User};
@@ -11,6 +15,9 @@ use crate::progress::{self, Spot};
 
 /// Where Nix's settings for the whole machine are.
 const NIX_CONF: &str = "/etc/nix/nix.conf";
+
+/// For how long an answer of the name service is as good as a new one.
+const RECENTLY: Duration = Duration::from_secs(1);
 
 /// The setting with the group of Nix's build users.
 const SETTING: &str = "build-users-group";
@@ -61,11 +68,45 @@ fn build_users(spec: &StoreSpec) -> Result<Vec<Gid>, LayersError> {
     let of_daemon = spec.daemon.as_ref().and_then(|daemon| daemon.settings.get(SETTING));
     let of_machine = std::fs::read_to_string(NIX_CONF).unwrap_or_default();
     let names = [of_daemon.map(String::as_str), last_value(&of_machine, SETTING), Some(BUILD_USERS)];
-    let mut gids = Vec::new();
-    for name in names.into_iter().flatten().filter(|name| !name.is_empty()) {
-        gids.extend(found("group", name, Group::from_name(name))?.map(|group| group.gid));
+    let names: Vec<_> = names.into_iter().flatten().filter(|name| !name.is_empty()).map(str::to_owned).collect();
+    static ANSWERS: Answers = Answers::new();
+    ANSWERS.groups(names, |name| Ok(found("group", name, Group::from_name(name))?.map(|group| group.gid)))
+}
+
+/// What the name service has said just now: a thousand stores that come up together have the same build users.
+struct Answers(Mutex<Option<Answer>>);
+
+struct Answer {
+    at: Instant,
+    names: Vec<String>,
+    gids: Vec<Gid>,
+}
+
+impl Answers {
+    const fn new() -> Self {
+        Self(Mutex::new(None))
     }
-    Ok(gids)
+
+    /// The groups of some names. Nothing is locked while the name service is asked.
+    fn groups(
+        &self,
+        names: Vec<String>,
+        ask: impl Fn(&str) -> Result<Option<Gid>, LayersError>,
+    ) -> Result<Vec<Gid>, LayersError> {
+        let last = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = &*last()
+            && answer.at.elapsed() < RECENTLY
+            && answer.names == names
+        {
+            return Ok(answer.gids.clone());
+        }
+        let mut gids = Vec::new();
+        for name in &names {
+            gids.extend(ask(name)?);
+        }
+        *last() = Some(Answer { at: Instant::now(), names, gids: gids.clone() });
+        Ok(gids)
+    }
 }
 
 /// The last value that a text in the format of nix.conf(5) gives a setting of one word. What it includes is not read.
@@ -130,6 +171,26 @@ mod tests {
             let error = look_up(by_name, by_number).expect_err("unknown").to_string();
             assert!(error.contains("cannot say who that is"), "{error}");
         }
+    }
+
+    #[test]
+    fn many_stores_that_come_up_together_ask_for_a_group_once() {
+        let asked = std::cell::Cell::new(0);
+        let ask = |gid| {
+            asked.set(asked.get() + 1);
+            Ok(Some(Gid::from_raw(gid)))
+        };
+        let answers = Answers::new();
+        let of = |name: &str, gid| answers.groups(vec![name.to_owned()], |_| ask(gid)).expect("answered");
+        assert_eq!(of("a", 1), of("a", 1));
+        assert_eq!(asked.get(), 1);
+        assert_eq!(of("b", 2), [Gid::from_raw(2)], "those of another name are others");
+        std::thread::sleep(RECENTLY);
+        assert_eq!(of("b", 3), [Gid::from_raw(3)], "they may have changed");
+        let fails = answers.groups(vec!["c".to_owned()], |_| {
+            Err(LayersError::NoSuchAccount { key: "group", name: "c".into(), kind: "group" })
+        });
+        assert!(fails.is_err() && of("c", 4) == [Gid::from_raw(4)], "that it could not say is no answer");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use rustix::{
 };
 
 use super::{LayersError, accounts::BuildUsers, open_lower};
-use crate::walk::Walk;
+use crate::walk::{self, Walk};
 
 /// What Nix goes through in a state directory.
 const FOLLOWED: [&str; 4] = ["db", "temproots", "gcroots", "profiles"];
@@ -34,6 +34,10 @@ impl Changeable {
 
 /// Refuses a store of root's of which others can change what root's Nix follows.
 pub(crate) fn refuse_others(spec: &StoreSpec) -> Result<(), LayersError> {
+    walk::together(|| refuse_others_in_all(spec))
+}
+
+fn refuse_others_in_all(spec: &StoreSpec) -> Result<(), LayersError> {
     let upper = &spec.layers.upper;
     let stat = rustix::fs::lstat(upper.as_path())
         .map_err(|errno| LayersError::sys("upper-layer", "look at", upper.as_str(), errno))?;
