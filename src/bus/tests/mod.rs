@@ -13,7 +13,10 @@ mod polkit;
 mod signals;
 mod store;
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bus::Bus;
 use layered_stores_client::{BUS_NAME, ManagerProxy, StoreProxy, store_path};
@@ -21,7 +24,7 @@ use polkit::Polkit;
 use tokio::sync::mpsc;
 use zbus::{Connection, DBusError as _, Message, proxy::CacheProperties, wire::DynamicType};
 
-use super::{Connections, Publisher, connections::bus_over, gate::Gate};
+use super::{Connections, Milestone, Publisher, connections::bus_over, gate::Gate};
 use crate::supervisor::{
     self, Event as News, Handle,
     simulation::{self, Declared, Event, Play},
@@ -37,7 +40,11 @@ struct Setup {
     bus: Bus,
     polkit: Polkit,
     authority: Option<Connection>,
+    milestones: Milestones,
 }
+
+/// What daemons have said about themselves.
+type Milestones = Arc<Mutex<Vec<String>>>;
 
 /// Tests a daemon whose stores have come to rest.
 fn with_daemon(declared: [Declared; 3], test: impl AsyncFnOnce(&mut Setup)) {
@@ -64,18 +71,19 @@ impl Setup {
     ) -> Self {
         let bus = Bus::default();
         let (polkit, authority) = Polkit::begin(&bus).await;
+        let milestones = Milestones::default();
         let play = {
-            let bus = bus.clone();
+            let (bus, milestones) = (bus.clone(), Arc::clone(&milestones));
             let tell = move |handle, news| {
-                let (bus, pause) = (bus.clone(), pause.clone());
-                tokio::spawn(async move { serve(&bus, pause, handle, news).await.expect("a bus") });
+                let (bus, pause, milestones) = (bus.clone(), pause.clone(), Arc::clone(&milestones));
+                tokio::spawn(async move { serve(&bus, pause, handle, news, &milestones).await.expect("a bus") });
             };
             Play::begin(seed, can_swap, &declared, Box::new(tell)).await
         };
         while !bus.knows(BUS_NAME) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        Self { play, bus, polkit, authority: Some(authority) }
+        Self { play, bus, polkit, authority: Some(authority), milestones }
     }
 
     async fn befall(&mut self, event: Event) {
@@ -110,12 +118,16 @@ async fn serve(
     pause: impl FnMut() -> Duration + Send + 'static,
     handle: Handle,
     news: mpsc::UnboundedReceiver<News>,
+    milestones: &Milestones,
 ) -> zbus::Result<()> {
     let asking = bus_over(&bus.connect(0).await).await?;
     let serving = bus.connect_slowly(0, pause).await;
     let connections = Connections::of(asking, serving, Gate::unused(), bus.connect(0).await).await?;
     let publisher = Publisher::new(&connections, handle).await?;
-    publisher.run(news, |_| {}).await.expect("a bus");
+    let reached = |milestone: Milestone<'_>| {
+        milestones.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{milestone:?}"));
+    };
+    publisher.run(news, reached).await.expect("a bus");
     connections.close().await
 }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     sync::{
-        Arc,
+        Arc, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -33,6 +33,22 @@ impl Setup {
         let wrong = picture.wrong();
         if wrong.is_empty() { Ok(()) } else { Err(wrong.join("\n")) }
     }
+}
+
+#[test]
+fn who_has_started_the_daemon_is_told_how_far_it_is() {
+    with_daemon([AUTO, AUTO, BY_HAND], async |setup| {
+        setup.befall(Event::Stop(1)).await;
+        setup.wait(1).await;
+        let said = setup.milestones.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let now =
+            ["Settled(\"2 of 3 stores active; not started: 1\")", "Summary(\"1 of 3 stores active; not started: 2\")"];
+        assert!(said.ends_with(&now.map(str::to_owned)), "{said:?}");
+        let before = &said[..said.len() - 2];
+        let is_summary = |said: &&String| said.starts_with("Summary(");
+        assert_eq!(before.iter().filter(|said| !is_summary(said)).collect::<Vec<_>>(), ["Named"]);
+        assert!(before.iter().any(|said| is_summary(&said)), "how far it is while it starts: {said:?}");
+    });
 }
 
 #[test]

@@ -1,11 +1,14 @@
 //! The methods of `org.layeredstores1.Store`.
 
-use layered_stores_client::StoreProxy;
+use std::collections::BTreeMap;
+
+use layered_stores_client::{BUS_NAME, Properties, StoreProxy, store_path};
+use serde_json::json;
 
 use super::{AUTO, BY_HAND, NO, Setup, assert_refused, store, with_daemon, with_daemon_on};
 use crate::supervisor::{
-    Asker, Command, Error,
-    simulation::{Event, name},
+    Asker, Command, Error, Problem, Status,
+    simulation::{Declared, Event, name},
 };
 
 impl Setup {
@@ -29,6 +32,73 @@ impl Setup {
 /// A step of the simulated machine that fails.
 fn step_fails() -> String {
     "cannot read the mount table: a step fails".to_owned()
+}
+
+/// What there is to say about a store, under the names that clients use in JSON.
+fn described(status: &Status) -> serde_json::Value {
+    let (spec, layers) = (&status.spec, &status.spec.layers);
+    let problem = |(code, message): &(Problem, String)| json!({ "code": code.to_string(), "message": message });
+    json!({
+        "name": spec.name.as_str(),
+        "state": status.state.to_string(),
+        "state-reason": status.state_reason,
+        "state-change-usec": status.state_change_usec,
+        "next-try-usec": status.next_try_usec,
+        "problems": status.problems.iter().map(problem).collect::<Vec<_>>(),
+        "store-uri": spec.uri(),
+        "daemon-uri": spec.daemon_uri().unwrap_or_default(),
+        "lower-store": spec.lower_store.to_string(),
+        "lower-store-dir": layers.lower.as_str(),
+        "upper-layer": layers.upper.as_str(),
+        "work-dir": layers.work.as_str(),
+        "real-store-dir": layers.merged.as_str(),
+        "state-dir": spec.state_dir.as_str(),
+        "mount-unit": spec.mount_unit.to_string(),
+        "declared": status.declared,
+        "required": spec.required,
+        "last-refresh-usec": status.last_refresh_usec,
+        "last-refresh": status.last_refresh,
+        "refresh-count": status.refresh_count,
+        "swap-count": status.swap_count,
+    })
+}
+
+#[test]
+fn properties_are_what_the_engine_says() {
+    let served = Declared { daemon: true, ..AUTO };
+    with_daemon([served, AUTO, BY_HAND], async |setup| {
+        for path in 0..3 {
+            setup.befall(Event::Change(0, path, true, true)).await;
+            setup.wait(120).await;
+        }
+        setup.befall(Event::Fail(2, 1)).await;
+        setup.store(2).await.start().await.expect_err("a step fails");
+        // One that goes, but cannot.
+        setup.befall(Event::Use(1, true)).await;
+        setup.befall(Event::Reload([served, NO, BY_HAND])).await;
+        let client = setup.client(7).await;
+        let mut seen = BTreeMap::new();
+        for (of, event) in [(0, None), (1, None), (2, None), (2, Some(Event::MountForeign(2)))] {
+            if let Some(event) = event {
+                setup.befall(event).await;
+                setup.wait(60).await;
+            }
+            let (path, interface) = (store_path(&name(of)), Some("org.freedesktop.DBus.Properties"));
+            let call = client.call_method(Some(BUS_NAME), path, interface, "GetAll", &"org.layeredstores1.Store");
+            let properties: Properties = call.await.expect("an answer").body().deserialize().expect("properties");
+            let said = serde_json::to_value(properties).expect("text");
+            let cell = setup.play.handle().store(name(of).as_str()).expect("it is there");
+            assert_eq!(said, described(&cell.get()));
+            for (property, value) in said.as_object().expect("properties") {
+                seen.entry(property.clone()).or_insert_with(Vec::new).push(value.to_string());
+            }
+        }
+        // Each was seen with a value that says something.
+        for (property, values) in seen {
+            let says_something = |value: &String| !matches!(value.as_str(), "0" | "1" | "\"\"" | "[]");
+            assert!(values.iter().any(says_something), "{property}: {values:?}");
+        }
+    });
 }
 
 #[test]
