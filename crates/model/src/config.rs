@@ -254,6 +254,14 @@ mod tests {
                 "3:8: store \"ci\": mode = \"0777\": everybody could write into the store; take the last digit's 2 away",
             ),
             (
+                "[stores.ci]\nlower-store = \"/l\"\nmode = 755\n",
+                "3:8: store \"ci\": mode: a string is expected here, not an integer; write \"755\"",
+            ),
+            (
+                "[stores.ci]\nlower-store = \"/l\"\nrequired = \"true\"\n",
+                "3:12: store \"ci\": required: true or false is expected here, not a string; write true",
+            ),
+            (
                 "[stores.ci]\nlower-store = \"/l\"\nrequired = \"yes\"\n",
                 "3:12: store \"ci\": required: true or false is expected here, not a string",
             ),

@@ -130,10 +130,10 @@ pub fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str> + Clone
     if let Some(begun) = candidates.clone().find(begins) {
         return Some(begun);
     }
-    // Of two letters, one may be wrong.
-    let most = (text.chars().count() / 2).min(2);
+    // Of two letters one may be wrong, of five two. Two that changed places are one mistake.
+    let most = ((text.chars().count() + 1) / 3).min(2);
     candidates
-        .map(|candidate| (strsim::levenshtein(text, candidate), candidate))
+        .map(|candidate| (strsim::osa_distance(text, candidate), candidate))
         .filter(|(distance, _)| *distance <= most)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
@@ -261,6 +261,23 @@ mod tests {
     fn stacked(declarations: Vec<Declaration>) -> Result<Vec<StoreSpec>, Vec<String>> {
         stack(declarations, &hook())
             .map_err(|conflicts| conflicts.iter().map(|c| format!("{} {}: {c}", c.store, c.key)).collect())
+    }
+
+    #[test]
+    fn a_misspelling_is_told_from_another_name() {
+        for (text, meant) in [
+            ("bsae", Some("base")),
+            ("bas", Some("base")),
+            ("builsd", Some("builds")),
+            ("bilds", Some("builds")),
+            ("to", Some("top")),
+            ("nope", None),
+            ("tape", None),
+            ("x", None),
+            ("builds-new", None),
+        ] {
+            assert_eq!(nearest(text, ["base", "builds", "top"].into_iter()), meant, "{text}");
+        }
     }
 
     #[test]

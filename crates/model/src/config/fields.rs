@@ -221,7 +221,18 @@ impl Fields<'_, '_, '_> {
         let found = kind(value.get_ref());
         let key = format!("{}{key}", self.within);
         let option = self.reader.option(self.store, &key);
-        let message = format!("store {:?}: {key}{option}: {expected} is expected here, not {found}", self.store);
+        let quoted = match value.get_ref() {
+            DeValue::Integer(number) if expected == "a string" && number.radix() == 10 => {
+                format!("; write \"{}\"", number.as_str())
+            }
+            DeValue::Boolean(value) if expected == "a string" => format!("; write \"{value}\""),
+            DeValue::String(value) if expected == "true or false" && matches!(value.as_ref(), "true" | "false") => {
+                format!("; write {value}")
+            }
+            _ => String::new(),
+        };
+        let message =
+            format!("store {:?}: {key}{option}: {expected} is expected here, not {found}{quoted}", self.store);
         self.reader.report(value.span(), About::key(self.store, &key), message);
     }
 }
