@@ -58,7 +58,7 @@ lib.mapAttrs' (name: lib.nameValuePair "settings, ${name}") {
       })
       [
         (said "ci" "lower-store" ": a string is expected here, not an array")
-        (said "ci" "mode" ": a string is expected here, not an integer")
+        (said "ci" "mode" ": a string is expected here, not an integer; write \"755\"")
         (said "ci" "required" ": true or false is expected here, not a string")
       ];
   "a list that is none" =
