@@ -29,12 +29,12 @@ pub(super) const PROBLEMS: u8 = 3;
 
 /// What the codes mean that commands end with.
 pub(super) const EXIT_STATUS: &str = "\
-Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify) or
-stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).";
+Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify,
+doctor) or stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).";
 
 const AFTER_HELP: &str = "\
-Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify) or
-stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).
+Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify,
+doctor) or stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).
 
 Build into the store \"ci\":  nix build --store \"$(layered-stores uri ci)\" …
 Use what was built there:   layered-stores enter ci -- /nix/store/…/bin/hello";
@@ -134,6 +134,15 @@ pub enum Command {
         #[arg(long)]
         nixos_options: bool,
         /// Print JSON: what is declared, or with mistakes, these
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look at the machine: kernel, Nix and its settings, the daemon, what was mounted by hand
+    ///
+    /// Says of each whether it is as layered stores need it, and what to do if it is not. Nothing is changed. Run by root it
+    /// sees more than run by others.
+    Doctor {
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },

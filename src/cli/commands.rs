@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::{
     args::{Arguments, Command, Internal, PROBLEMS},
+    doctor::doctor,
     enter::enter,
     generate,
     output::{complain, print, print_json, wrapped},
@@ -59,6 +60,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
             let keys = if nixos_options { Keys::WithNixosOptions } else { Keys::Alone };
             check_config(&file, state_dir, keys, json)
         }
+        Command::Doctor { json } => doctor(json).await,
         Command::Enter { name, command } => {
             let store = Client::connect().await?.status(&name).await?;
             refuse_root(&store, "enter")?;

@@ -2,12 +2,14 @@
 
 pub mod args;
 mod commands;
+mod doctor;
 mod enter;
 mod follow;
 mod generate;
 mod inside;
 mod output;
 mod owner;
+mod program;
 mod remove;
 mod render;
 mod status;

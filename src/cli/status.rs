@@ -1,10 +1,6 @@
 //! `layered-stores status`: how stores are.
 
-use std::{
-    io::{IsTerminal as _, Read as _},
-    process::{Command, ExitCode, Stdio},
-    time::{Duration, Instant},
-};
+use std::{io::IsTerminal as _, process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use layered_stores_client::{Client, Properties};
@@ -14,6 +10,7 @@ use serde::Serialize;
 use super::{
     args::PROBLEMS,
     output::print,
+    program::said_by,
     render,
     usage::{self, Usage},
 };
@@ -108,28 +105,8 @@ async fn look(client: &Client, names: &[StoreName], json: bool, watch: bool) -> 
 
 /// The last lines that the journal has about a store, as far as whoever asks may read it.
 fn journal(name: &str) -> String {
-    let lines = Command::new("journalctl")
-        .args(["--quiet", "--no-pager", "--boot", JOURNAL_LINES, &format!("STORE={name}")])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn();
-    let Ok(mut child) = lines else { return String::new() };
-    let from = child.stdout.take();
-    let (sender, text) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let mut text = Vec::new();
-        let _ = from.map(|mut from| from.read_to_end(&mut text));
-        let _ = sender.send(text);
-    });
-    let began = Instant::now();
-    let text = text.recv_timeout(JOURNAL_PATIENCE).unwrap_or_default();
-    // One that hangs is left behind.
-    let _ = child.kill();
-    if began.elapsed() < JOURNAL_PATIENCE {
-        let _ = child.wait();
-    }
-    let text = String::from_utf8_lossy(&text);
+    let arguments = ["--quiet", "--no-pager", "--boot", JOURNAL_LINES, &format!("STORE={name}")];
+    let text = said_by("journalctl", &arguments, JOURNAL_PATIENCE).unwrap_or_default();
     let lines = text.lines().map(|line| format!("{}\n", layered_stores_model::printable(line)));
     let lines: String = lines.collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
