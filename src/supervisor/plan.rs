@@ -323,6 +323,9 @@ mod tests {
             serve: false,
         };
         let failed = Phase::Failed { seen: covered.clone() };
+        let failed_as_mounted = Phase::Failed { seen: mounted.clone() };
+        let failed_as_absent = Phase::Failed { seen: MountState::Absent };
+        let foreign = MountState::Foreign { what: "tmpfs".to_owned() };
         for (what, view, step) in [
             ("a declared store is started", base.clone(), Step::Start { repair: false }),
             ("a mount that is right is adopted", View { mount: &mounted, ..base.clone() }, Step::Adopt),
@@ -342,6 +345,46 @@ mod tests {
                 Step::Serve,
             ),
             ("a store waits for the one underneath", View { lower: Lower::Pending, ..base.clone() }, Step::Rest),
+            (
+                "so does one whose mount was taken away, which is down until then",
+                View { phase: &Phase::Active, lower: Lower::Leaving, ..base.clone() },
+                Step::Settle,
+            ),
+            (
+                "and one that is mounted and not taken over yet",
+                View { mount: &mounted, lower: Lower::Pending, ..base.clone() },
+                Step::Rest,
+            ),
+            (
+                "what was given up on is not tried again by itself",
+                View { phase: &failed_as_absent, retry: false, ..base.clone() },
+                Step::Rest,
+            ),
+            (
+                "but when somebody asks",
+                View { phase: &failed_as_absent, ..base.clone() },
+                Step::Start { repair: false },
+            ),
+            (
+                "nor is a mount that was given up on taken over",
+                View { mount: &mounted, phase: &failed_as_mounted, retry: false, ..base.clone() },
+                Step::Rest,
+            ),
+            (
+                "but when somebody asks for that",
+                View { mount: &mounted, phase: &failed_as_mounted, ..base.clone() },
+                Step::Adopt,
+            ),
+            (
+                "where something else is mounted, a store is down as it should be",
+                View { mount: &foreign, want: Want::Down, ..base.clone() },
+                Step::Rest,
+            ),
+            (
+                "and is noted to be, if it was up",
+                View { mount: &foreign, want: Want::Down, phase: &Phase::Active, ..base.clone() },
+                Step::Settle,
+            ),
             (
                 "a store does not start without the one underneath",
                 View { lower: Lower::Unavailable, ..base.clone() },

@@ -12,7 +12,11 @@ mod operations;
 pub(crate) mod properties;
 mod world;
 
-use std::{fmt::Write as _, sync::Arc, time::Duration};
+use std::{
+    fmt::Write as _,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use layered_stores_model::{StoreName, StoreSpec};
 use layered_stores_overlay::mountinfo::MountState;
@@ -118,6 +122,9 @@ fn configuration(declared: &[Declared; 3]) -> String {
         if store.noatime {
             text.push_str("mount-options = [\"noatime\"]\n");
         }
+        if number == 1 {
+            text.push_str("required = false\n");
+        }
         if store.daemon {
             let _ = writeln!(text, "[stores.{}.daemon]", NAMES[number]);
         }
@@ -130,7 +137,12 @@ struct Daemon {
     handle: Handle,
     engine: JoinHandle<std::io::Result<()>>,
     stop: oneshot::Sender<()>,
+    /// When it has said last that it is alive.
+    alive: Arc<Mutex<Instant>>,
 }
+
+/// How often it has to say so, or the watchdog ends it.
+const WATCHDOG: Duration = Duration::from_secs(30);
 
 /// Somebody who has asked for something.
 struct Waiter {
@@ -309,6 +321,9 @@ impl Play {
         if self.daemon.engine.is_finished() {
             self.world.blame("the engine has ended".to_owned());
         }
+        if self.daemon.alive.lock().unwrap_or_else(PoisonError::into_inner).elapsed() > WATCHDOG {
+            self.world.blame("the watchdog has ended the daemon".to_owned());
+        }
         self.waiters.retain(|waiter| !waiter.answer.is_finished());
         for waiter in self.waiters.iter().filter(|waiter| waiter.since.elapsed() > PATIENCE) {
             self.world.blame(format!("whoever asked for {} still waits", waiter.what));
@@ -386,7 +401,10 @@ impl Daemon {
                 std::future::pending::<()>().await;
             }
         };
-        Self { handle, engine: tokio::spawn(engine.run(stops, None, || {})), stop }
+        let alive = Arc::new(Mutex::new(Instant::now()));
+        let said = Arc::clone(&alive);
+        let say = move || *said.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        Self { handle, engine: tokio::spawn(engine.run(stops, Some(WATCHDOG), say)), stop, alive }
     }
 }
 

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::{
-    Declared,
+    Command, Declared,
     Event::{
         CannotChange, Change, Fail, GoOn, Hang, HangConfiguration, HangRecords, Kill, MountByHand, MountForeign,
         Reload, Remount, RemoveData, Restart, SocketFails, Start, Stop, Unmount, UnmountForeign, Use, Wait,
@@ -90,6 +90,24 @@ fn a_reload_does_not_wait_for_what_lies_on_a_store_that_hangs() {
         [AUTO, NO, NO],
         vec![milliseconds(3000), Reload(later), Hang(0), milliseconds(30_000), milliseconds(30_001)],
     );
+}
+
+#[test]
+fn who_asks_for_a_refresh_is_answered_about_what_had_changed_by_then() {
+    // Whichever the engine comes to first: the question, or the news of what has changed.
+    for path in 0..20 {
+        run(async {
+            let mut play = Play::begin(path, true, &[AUTO, NO, NO], Box::new(tell_nobody)).await;
+            play.befall(Wait(Duration::from_secs(60))).await;
+            let handle = play.handle().clone();
+            let ask = |reply| Command::Remount(name(0), Asker::Root, reply);
+            play.world.lock().change(&name(0), "path", true, true);
+            play.world.layers_changed.notify_one();
+            handle.ask(ask).await.expect("a refresh");
+            let stale = play.world.lock().store(&name(0)).stale.clone();
+            assert!(stale.is_empty(), "it was told to be right, with {stale:?}");
+        });
+    }
 }
 
 #[test]

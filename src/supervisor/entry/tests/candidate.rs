@@ -86,6 +86,15 @@ fn one_that_was_up_has_something_to_lose_until_it_is_down() {
         entry.mount = MountState::Absent;
         entry.down();
     }));
+    assert!(
+        !changed(|entry| {
+            entry.want(Want::Down);
+            entry.mount = MountState::Absent;
+            entry.down();
+            entry.want(Want::Up);
+        }),
+        "started again it may be another one"
+    );
     assert!(!changed(|entry| {
         entry.decide(None);
         entry.respecify();
