@@ -197,6 +197,11 @@ mod tests {
         assert_eq!(found(Lower::Pending), is(&[]), "whoever waited for it to come up might wait for what this one has");
         let why = "its lower store b is not up; see `layered-stores status b`";
         assert_eq!(found(Lower::Unavailable), is(&[("c", because(why))]));
+        let changed = then.replace("[stores.b]\n", "[stores.b]\nmount-options = [\"noatime\"]\n");
+        let found = |b: &Found| staying_of(A_AND_C, &changed, [&Found::Fine, b, &Found::Fine], Lower::Unavailable);
+        assert_eq!(found(&Found::Fine), is(&[]), "as it is to be, that may come up");
+        let stays = [("b", because("it is mistyped")), ("c", because(why))];
+        assert_eq!(found(&wrong()), is(&stays));
     }
 
     #[test]
@@ -209,5 +214,9 @@ mod tests {
         let staying = staying(&[change], &[&other[0]], |_| Lower::Ready);
         let why = "x has one of its directories and cannot go; see `layered-stores status x`";
         assert_eq!(staying, [(now[0].name.clone(), because(why))].into());
+        let elsewhere = specs(&text("e").replace("stores.c", "stores.x"));
+        let change = Change { now: &now[0], then: &then[0], is_up: true, found: Found::Fine };
+        let staying = super::staying(&[change], &[&elsewhere[0], &now[0]], |_| Lower::Ready);
+        assert_eq!(staying, BTreeMap::new(), "others, and itself, are not in its way");
     }
 }

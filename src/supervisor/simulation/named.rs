@@ -5,12 +5,12 @@
 use std::time::Duration;
 
 use super::{
-    Command, Declared,
+    Command, Declared, Error,
     Event::{
         CannotChange, Change, Fail, GoOn, Hang, HangConfiguration, HangRecords, Kill, MountByHand, MountForeign,
         Reload, Remount, RemoveData, Restart, SocketFails, Start, Stop, Unmount, UnmountForeign, Use, Wait,
     },
-    News, Play, Problem, State, has, name, play, run, tell_nobody,
+    News, OWNER, Play, Problem, State, has, name, play, run, tell_nobody,
 };
 use crate::supervisor::Asker;
 
@@ -90,6 +90,26 @@ fn a_reload_does_not_wait_for_what_lies_on_a_store_that_hangs() {
         [AUTO, NO, NO],
         vec![milliseconds(3000), Reload(later), Hang(0), milliseconds(30_000), milliseconds(30_001)],
     );
+}
+
+#[test]
+fn who_asks_for_a_refresh_of_a_store_that_comes_up_waits_until_it_has() {
+    run(async {
+        let mut play = Play::begin(0, true, &[AUTO, BY_HAND, NO], Box::new(tell_nobody)).await;
+        let of_asker = |of, asker| move |reply| Command::Remount(name(of), asker, reply);
+        let ask = |of| of_asker(of, Asker::Root);
+        let handle = play.handle().clone();
+        assert_ne!(status(&play, 0).state, State::Active);
+        // Whose it is, is known once it is up.
+        let (owner, stranger) = (of_asker(0, Asker::User(OWNER)), of_asker(0, Asker::User(OWNER + 1)));
+        let answers = tokio::join!(handle.ask(ask(0)), handle.ask(owner), handle.ask(stranger));
+        assert!(matches!(answers, (Ok(()), Ok(()), Err(Error::NotOwner(_)))), "{answers:?}");
+        assert_eq!(status(&play, 0).state, State::Active);
+        let error = handle.ask(ask(1)).await.expect_err("nobody has started it");
+        assert!(error.to_string().contains("layered-stores start b"), "{error}");
+        play.befall(Start(1)).await;
+        handle.ask(ask(1)).await.expect("a refresh");
+    });
 }
 
 #[test]
