@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{
     Command, Declared, Error,
     Event::{
-        CannotChange, Change, Fail, GoOn, Hang, HangConfiguration, HangRecords, Kill, MountByHand, MountForeign,
+        CannotChange, Change, Fail, GoOn, Hang, HangConfiguration, HangRecords, Kill, Left, MountByHand, MountForeign,
         Reload, Remount, RemoveData, Restart, SocketFails, Start, Stop, Unmount, UnmountForeign, Use, Wait,
     },
     News, OWNER, Play, Problem, State, has, name, play, run, tell_nobody,
@@ -93,6 +93,58 @@ fn a_reload_does_not_wait_for_what_lies_on_a_store_that_hangs() {
 }
 
 #[test]
+fn who_starts_a_store_has_what_failed_or_waits_tried_at_once() {
+    run(async {
+        let mut play = Play::begin(0, true, &[AUTO, BY_HAND, NO], Box::new(tell_nobody)).await;
+        go_on(&mut play, vec![milliseconds(5000), Fail(1, 1)]).await;
+        let handle = play.handle().clone();
+        let start = async |of| {
+            let begun = tokio::time::Instant::now();
+            let answer = handle.ask(|reply| Command::Start(name(of), reply)).await;
+            (answer, begun.elapsed().as_millis())
+        };
+        assert!(matches!(start(1).await, (Err(Error::StartFailed(..)), _)));
+        assert!(matches!(start(1).await, (Ok(()), ..900)), "and not when its turn comes again");
+
+        let changed = Reload([noatime(AUTO), BY_HAND, NO]);
+        go_on(&mut play, vec![CannotChange(0, true), changed, milliseconds(15_000), CannotChange(0, false)]).await;
+        assert!(has(&status(&play, 0), Problem::NotApplied));
+        let answer = start(0).await;
+        assert!(matches!(answer, (Ok(()), ..4000)), "{answer:?}");
+        let status = status(&play, 0);
+        assert!(!has(&status, Problem::NotApplied) && Some(&*status.spec) == play.spec(&name(0)).as_ref());
+    });
+}
+
+#[test]
+fn root_has_a_swap_whatever_earlier_ones_have_left() {
+    run(async {
+        let mut play = Play::begin(0, true, &[AUTO, NO, NO], Box::new(tell_nobody)).await;
+        go_on(&mut play, vec![milliseconds(5000), Left(0, 40), Change(0, 0, true, true)]).await;
+        let handle = play.handle().clone();
+        let ask = async |asker| handle.ask(|reply| Command::Remount(name(0), asker, reply)).await;
+        assert!(matches!(ask(Asker::Allowed).await, Err(Error::Held(..))));
+        assert!(matches!(ask(Asker::Root).await, Ok(())));
+        assert!(play.world.lock().store(&name(0)).stale.is_empty());
+    });
+}
+
+#[test]
+fn who_names_a_store_that_is_not_there_is_told_so() {
+    run(async {
+        let play = Play::begin(0, true, &[AUTO, NO, NO], Box::new(tell_nobody)).await;
+        let handle = play.handle().clone();
+        let answers = tokio::join!(
+            handle.ask(|reply| Command::Start(name(1), reply)),
+            handle.ask(|reply| Command::Stop(name(1), reply)),
+            handle.ask(|reply| Command::Remount(name(1), Asker::Root, reply)),
+        );
+        let is_told = |answer: Result<(), Error>| matches!(answer, Err(Error::NoSuchStore(named)) if named == "b");
+        assert!(is_told(answers.0) && is_told(answers.1) && is_told(answers.2));
+    });
+}
+
+#[test]
 fn who_asks_for_a_refresh_of_a_store_that_comes_up_waits_until_it_has() {
     run(async {
         let mut play = Play::begin(0, true, &[AUTO, BY_HAND, NO], Box::new(tell_nobody)).await;
@@ -105,6 +157,9 @@ fn who_asks_for_a_refresh_of_a_store_that_comes_up_waits_until_it_has() {
         let answers = tokio::join!(handle.ask(ask(0)), handle.ask(owner), handle.ask(stranger));
         assert!(matches!(answers, (Ok(()), Ok(()), Err(Error::NotOwner(_)))), "{answers:?}");
         assert_eq!(status(&play, 0).state, State::Active);
+        let (owner, stranger) = (of_asker(0, Asker::User(OWNER)), of_asker(0, Asker::User(OWNER + 1)));
+        let answers = tokio::join!(handle.ask(owner), handle.ask(stranger));
+        assert!(matches!(answers, (Ok(()), Err(Error::NotOwner(_)))), "{answers:?}");
         let error = handle.ask(ask(1)).await.expect_err("nobody has started it");
         assert!(error.to_string().contains("layered-stores start b"), "{error}");
         play.befall(Start(1)).await;

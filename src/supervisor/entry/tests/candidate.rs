@@ -135,3 +135,25 @@ fn a_mount_that_somebody_has_made_takes_other_options_and_no_other_directories()
     entry.take_next_in_place();
     assert!(entry.next.is_some());
 }
+
+#[test]
+fn what_is_to_go_is_in_the_way_while_it_cannot() {
+    let busy = |mut entry: Entry| {
+        entry.problem(Problem::Busy, "it is in use".to_owned());
+        entry
+    };
+    let gone = |mut entry: Entry| {
+        entry.want(Want::Gone);
+        entry
+    };
+    let states = |entry: &Entry| (entry.is_to_go(), entry.is_in_the_way());
+    assert_eq!(states(&up()), (false, false));
+    assert_eq!(states(&busy(up())), (false, false), "it stays");
+    assert_eq!(states(&gone(up())), (true, false));
+    assert_eq!(states(&busy(gone(up()))), (true, true));
+    assert_eq!(states(&respecified()), (true, false));
+    assert_eq!(states(&busy(respecified())), (true, true));
+    let mut stuck = gone(up());
+    stuck.stuck = Some("it does not answer".to_owned());
+    assert_eq!(states(&stuck), (true, true));
+}
