@@ -25,6 +25,7 @@ fn one_that_is_up_is_looked_at_once_and_again_after_a_failure() {
     assert!(entry.next_try_usec() > 0);
     let due = entry.candidate_due().expect("it is tried again");
     let spec = entry.begin_to_look(due).expect("it is due");
+    entry.decide(Some(Stay::ForNow));
     assert!(entry.is_considered() && entry.has(Problem::NotApplied), "what was said holds until more is known");
     entry.looks_ahead(&spec, &progress, due);
     entry.look_came_back(&spec, None, due);
@@ -51,7 +52,10 @@ fn a_look_that_does_not_come_back_is_waited_for_once_and_no_other_begins_of_the_
     let mut other = (*first).clone();
     other.layers.options.clear();
     other.layers.upper = "/right".parse().expect("valid");
+    assert!(entry.has(Problem::NotApplied));
     entry.propose(Arc::new(other));
+    entry.decide(Some(Stay::ForNow));
+    assert!(!entry.has(Problem::NotApplied), "of this one nothing is known");
     assert!(entry.begin_to_look(now + DEADLINE / 2).is_none() && entry.is_considered());
     assert_eq!((entry.candidate_due(), entry.look_is_silent(now + DEADLINE)), (Some(now + DEADLINE), None));
     let second = entry.begin_to_look(now + DEADLINE).expect("of another declaration that says nothing");
