@@ -121,3 +121,33 @@ pub(super) fn describe(spec: &StoreSpec, spot: Spot, machine: &dyn Machine) -> S
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use layered_stores_model::fixture;
+
+    use super::*;
+    use crate::supervisor::simulation;
+
+    #[test]
+    fn what_does_not_answer_is_named_with_the_way_out() {
+        let (spec, machine) = (fixture::spec("a", "/lower"), simulation::machine());
+        let upper = spec.layers.upper.as_str();
+        for (spot, words) in [
+            (Spot::Lower, ["the lower store /lower has not answered for 10 s", "see to what serves"]),
+            (Spot::Upper, ["the upper layer", upper]),
+            (Spot::Work, ["the work dir", spec.layers.work.as_str()]),
+            (Spot::Root, ["the state dir", spec.state_dir.as_str()]),
+            (Spot::Records, ["the daemon's state directory", "/"]),
+            (Spot::Merged, [spec.layers.merged.as_str(), upper]),
+            (Spot::Accounts, ["the name service has not told for 10 s", "/etc/nsswitch.conf"]),
+            (Spot::Others, ["stuck for 10 s", "`layered-stores status`"]),
+            (Spot::Elsewhere, ["no further for 10 s", "`systemctl status layered-storesd`"]),
+        ] {
+            let said = describe(&spec, spot, &machine);
+            assert!(words.iter().all(|words| said.contains(words)), "{spot:?}: {said}");
+        }
+        let said = silent("the upper layer", spec.layers.upper.as_path(), &machine);
+        assert!(said.ends_with("see to what serves its filesystem"), "the root filesystem is not given up: {said}");
+    }
+}

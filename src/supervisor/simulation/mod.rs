@@ -103,6 +103,11 @@ pub(crate) fn name(number: usize) -> StoreName {
     NAMES[number].parse().expect("valid")
 }
 
+/// A machine on which nothing happens.
+pub(in crate::supervisor) fn machine() -> impl super::machine::Machine {
+    Simulated(World::new(0, true))
+}
+
 /// Whether a store is said to have a problem.
 fn has(status: &Status, problem: Problem) -> bool {
     status.problems.iter().any(|(is, _)| *is == problem)
