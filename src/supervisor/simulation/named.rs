@@ -130,6 +130,19 @@ fn root_has_a_swap_whatever_earlier_ones_have_left() {
 }
 
 #[test]
+fn a_stop_that_has_not_begun_when_a_store_gets_stuck_is_refused_and_one_that_has_is_finished() {
+    let state = |events| {
+        let mut state = None;
+        see([AUTO, NO, NO], events, |play| state = Some(status(play, 0).state));
+        state.expect("looked at")
+    };
+    let (hang, go_on) = (vec![milliseconds(5000), Hang(0)], vec![milliseconds(15_000), GoOn(0), milliseconds(60_000)]);
+    let refreshed = vec![Remount(0, Asker::Root), milliseconds(100), Stop(0)];
+    assert_eq!(state([hang.clone(), refreshed, go_on.clone()].concat()), State::Active);
+    assert_eq!(state([hang, vec![Stop(0)], go_on].concat()), State::Inactive);
+}
+
+#[test]
 fn who_names_a_store_that_is_not_there_is_told_so() {
     run(async {
         let play = Play::begin(0, true, &[AUTO, NO, NO], Box::new(tell_nobody)).await;
