@@ -143,6 +143,19 @@ fn a_stop_that_has_not_begun_when_a_store_gets_stuck_is_refused_and_one_that_has
 }
 
 #[test]
+fn a_store_that_somebody_has_started_again_may_lose_its_mount_again() {
+    run(async {
+        let mut play = Play::begin(0, true, &[AUTO, NO, NO], Box::new(tell_nobody)).await;
+        go_on(&mut play, vec![milliseconds(5000)]).await;
+        while status(&play, 0).state != State::Failed {
+            go_on(&mut play, vec![Unmount(0), milliseconds(2000)]).await;
+        }
+        go_on(&mut play, vec![Start(0), milliseconds(2000), Unmount(0), milliseconds(2000)]).await;
+        assert_eq!(status(&play, 0).state, State::Active);
+    });
+}
+
+#[test]
 fn who_names_a_store_that_is_not_there_is_told_so() {
     run(async {
         let play = Play::begin(0, true, &[AUTO, NO, NO], Box::new(tell_nobody)).await;
