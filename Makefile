@@ -195,7 +195,7 @@ test-kernels: ## some scenarios with other kernels, in qemu; needs root and much
 			$(or $(SCENARIOS),basic remount gapless stack restart killpoints powercut) || failed="$$failed $$kernel"; \
 	done; [ -z "$$failed" ] || { echo "failed with the kernels$$failed"; exit 1; }
 
-# Each mutant is built and tested: an hour and more for all. FILES='src/supervisor/plan.rs' examines a part.
+# Each mutant is built and tested: hours for all. FILES='src/supervisor/plan.rs' examines a part.
 mutants: ## what the Rust tests do not see when it breaks, compared with tools/mutants.txt; needs root and much time
 	@tools/setup mutants
 	$(heading) 'mutants: what no test sees'

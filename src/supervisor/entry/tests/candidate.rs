@@ -25,8 +25,12 @@ fn one_that_is_up_is_looked_at_once_and_again_after_a_failure() {
     assert!(entry.next_try_usec() > 0);
     let due = entry.candidate_due().expect("it is tried again");
     let spec = entry.begin_to_look(due).expect("it is due");
-    entry.decide(Some(Stay::ForNow));
-    assert!(entry.is_considered() && entry.has(Problem::NotApplied), "what was said holds until more is known");
+    for stay in [None, Some(Stay::ForNow)] {
+        if stay.is_some() {
+            entry.decide(stay);
+        }
+        assert!(entry.is_considered() && entry.has(Problem::NotApplied), "what was said holds until more is known");
+    }
     entry.looks_ahead(&spec, &progress, due);
     entry.look_came_back(&spec, None, due);
     entry.decide(None);
