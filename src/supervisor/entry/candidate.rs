@@ -183,8 +183,7 @@ impl Entry {
         candidate.stay.clone_from(&stay);
         match stay {
             // What was said of it before holds until something else is known.
-            Stay::ForNow if candidate.found != Found::Nothing => {}
-            Stay::ForNow => self.clear(&[Problem::NotApplied]),
+            Stay::ForNow => {}
             Stay::Because(why) => {
                 let message = format!(
                     "it goes on as it was, because with what is declared now it would not come up: {why}; it is tried again"
