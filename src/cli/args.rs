@@ -10,7 +10,7 @@ use layered_stores_model::{AbsolutePath, StoreName, config};
 /// A layered store is a writable Nix store over a shared read-only one. Stores are declared in
 /// /etc/layered-stores/config.toml; layered-storesd mounts and supervises them.
 #[derive(Debug, Parser)]
-#[command(name = "layered-stores", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(name = "layered-stores", version, after_help = format!("{EXIT_STATUS}\n\n{FIRST_STEPS}"), max_term_width = 100)]
 pub struct Arguments {
     /// What to do.
     #[command(subcommand)]
@@ -32,10 +32,7 @@ pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify,
 doctor) or stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).";
 
-const AFTER_HELP: &str = "\
-Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify,
-doctor) or stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).
-
+const FIRST_STEPS: &str = "\
 Build into the store \"ci\":  nix build --store \"$(layered-stores uri ci)\" …
 Use what was built there:   layered-stores enter ci -- /nix/store/…/bin/hello";
 

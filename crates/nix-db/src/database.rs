@@ -80,13 +80,7 @@ impl Fingerprint {
     /// # Errors
     /// [`DatabaseError::Absent`], [`DatabaseError::Foreign`] for something that is no file, [`DatabaseError::Unreadable`].
     pub fn of(dir: &Path) -> Result<Self, DatabaseError> {
-        let look = |name| match rustix::fs::lstat(dir.join(name)) {
-            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => Ok(Some(mark(&stat))),
-            // SQLite would wait for ever for what is behind a pipe.
-            Ok(_) => Err(DatabaseError::Foreign { dir: dir.to_owned(), what: format!("{name} is not a file") }),
-            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
-            Err(errno) => Err(DatabaseError::Unreadable { dir: dir.to_owned(), source: errno.into() }),
-        };
+        let look = |name| Ok(file(dir, name)?.map(|stat| mark(&stat)));
         look("db.sqlite-shm")?;
         let database = look("db.sqlite")?.ok_or_else(|| DatabaseError::Absent(dir.to_owned()))?;
         Ok(Self { database, log: look("db.sqlite-wal")? })
@@ -95,6 +89,17 @@ impl Fingerprint {
     /// Whether there is nothing in the log.
     fn is_without_log(&self) -> bool {
         self.log.is_none_or(|(_, _, size, ..)| size == 0)
+    }
+}
+
+/// What a file in the directory of a database is like, if it is there.
+fn file(dir: &Path, name: &str) -> Result<Option<Stat>, DatabaseError> {
+    match rustix::fs::lstat(dir.join(name)) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => Ok(Some(stat)),
+        // Whoever opens a pipe waits for ever for what is behind it.
+        Ok(_) => Err(DatabaseError::Foreign { dir: dir.to_owned(), what: format!("{name} is not a file") }),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(errno) => Err(DatabaseError::Unreadable { dir: dir.to_owned(), source: errno.into() }),
     }
 }
 
@@ -203,17 +208,13 @@ fn has_log(dir: &Path) -> Result<bool, DatabaseError> {
 }
 
 fn check_version(dir: &Path) -> Result<(), DatabaseError> {
-    let unreadable = |source| DatabaseError::Unreadable { dir: dir.to_owned(), source };
-    let path = dir.join("schema");
-    match rustix::fs::lstat(&path) {
-        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
-        Ok(_) => return Err(DatabaseError::Foreign { dir: dir.to_owned(), what: "schema is not a file".to_owned() }),
-        // Nix makes it last.
-        Err(Errno::NOENT) => return Ok(()),
-        Err(errno) => return Err(unreadable(io::Error::from(errno))),
+    // Nix makes it last.
+    if file(dir, "schema")?.is_none() {
+        return Ok(());
     }
     let mut version = Vec::new();
-    File::open(path).and_then(|file| file.take(32).read_to_end(&mut version)).map_err(unreadable)?;
+    let read = File::open(dir.join("schema")).and_then(|file| file.take(32).read_to_end(&mut version));
+    read.map_err(|source| DatabaseError::Unreadable { dir: dir.to_owned(), source })?;
     let version = String::from_utf8_lossy(&version).trim().to_owned();
     if version == SCHEMA { Ok(()) } else { Err(DatabaseError::Version { dir: dir.to_owned(), version }) }
 }

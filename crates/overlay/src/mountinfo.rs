@@ -19,6 +19,8 @@ pub struct Mount {
     pub root: String,
     /// The mount's own options.
     pub flags: String,
+    /// Whether what is mounted there in another mount namespace may show up: it is shared, or the slave of one that is.
+    pub is_reached: bool,
     /// The type of the filesystem, such as `overlay`.
     pub fs_type: String,
     /// What was mounted.
@@ -139,7 +141,9 @@ impl MountTable {
             let (Some(device), Some(root)) = (fields.next(), fields.next()) else { continue };
             let Some(point) = fields.next().filter(|point| is_of_interest(point)) else { continue };
             let flags = fields.next().unwrap_or_default();
-            let mut tail = fields.skip_while(|field| *field != "-").skip(1);
+            let reaches = |field: &str| field.starts_with("shared:") || field.starts_with("master:");
+            let is_reached = fields.by_ref().take_while(|field| *field != "-").fold(false, |is, it| is | reaches(it));
+            let mut tail = fields;
             let (Some(fs_type), Some(source)) = (tail.next(), tail.next()) else { continue };
             let (Ok(id), Ok(parent)) = (id.parse(), parent.parse()) else { continue };
             by_point.entry(point.to_owned()).or_default().push(Mount {
@@ -148,6 +152,7 @@ impl MountTable {
                 device: device.to_owned(),
                 root: root.to_owned(),
                 flags: flags.to_owned(),
+                is_reached,
                 fs_type: fs_type.to_owned(),
                 source: source.to_owned(),
                 live: LiveOptions::parse(tail.next().unwrap_or_default()),

@@ -1,8 +1,9 @@
 //! What facts about a machine mean for layered stores.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use layered_stores_model::config::DEFAULT_PATH;
+use layered_stores_overlay::mountinfo::{Mount, MountTable};
 use rustix::fs::FsWord;
 use serde::Serialize;
 
@@ -151,8 +152,9 @@ fn nix(facts: &Facts) -> Finding {
 
 /// What Nix is told by whoever asks. Each is about one setting.
 fn settings(facts: &Facts) -> Vec<Finding> {
+    let check = "nix settings";
     let Some(settings) = &facts.settings else {
-        return vec![unknown("nix settings", "`nix config show --json` does not tell them")];
+        return vec![unknown(check, "`nix config show --json` does not tell them")];
     };
     let value = |name: &str| &settings[name]["value"];
     let mut findings = Vec::new();
@@ -163,22 +165,18 @@ fn settings(facts: &Facts) -> Vec<Finding> {
         let cure = "add it in /etc/nix/nix.conf";
         // A store's own Nix daemon is told by us.
         let are_served = facts.stores.iter().flatten().all(|store| !store.daemon_uri.is_empty());
-        findings.push(if are_served {
-            note("nix settings", message, cure)
-        } else {
-            wrong("nix settings", message, cure)
-        });
+        findings.push(if are_served { note(check, message, cure) } else { wrong(check, message, cure) });
     }
     if value("auto-optimise-store").as_bool() == Some(true) {
         findings.push(wrong(
-            "nix settings",
+            check,
             "auto-optimise-store is on: in a layered store it copies what the lower store shares into the upper layer",
             "turn it off in nix.conf; `nix-store --optimise` in the lower store does as much",
         ));
     }
     if value("min-free").as_u64().is_some_and(|bytes| bytes > 0) {
         findings.push(wrong(
-            "nix settings",
+            check,
             "min-free has Nix collect garbage until so much is free, and in a layered store it takes paths of the lower store for \
              freed",
             "set it to 0 for whoever builds in a layered store",
@@ -187,13 +185,13 @@ fn settings(facts: &Facts) -> Vec<Finding> {
     let store = value("store").as_str().unwrap_or_default();
     if store.starts_with("local-overlay://") && !store.contains("layered-stores-remount") {
         findings.push(wrong(
-            "nix settings",
+            check,
             "the `store` of nix.conf is a layered one with another remount hook than this one's",
             "declare the store, and take its URL from `layered-stores uri`",
         ));
     }
     if findings.is_empty() {
-        findings.push(right("nix settings", "nothing in them hurts layered stores"));
+        findings.push(right(check, "nothing in them hurts layered stores"));
     }
     findings
 }
@@ -267,22 +265,18 @@ fn lower(facts: &Facts) -> Vec<Finding> {
     facts.lower.iter().filter_map(judge).collect()
 }
 
-/// The mount points of overlays in a mount table, with the options, and whether changes reach them from other namespaces.
-fn overlays(table: &str) -> impl Iterator<Item = (&str, &str, bool)> {
-    table.lines().filter_map(|line| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        let options = filesystem.strip_prefix("overlay ")?.rsplit_once(' ')?.1;
-        let mut fields = mount.split(' ');
-        let point = fields.nth(4)?;
-        Some((point, options, fields.skip(1).any(|field| field.starts_with("shared:") || field.starts_with("master:"))))
-    })
+/// The overlays of a mount table at mount points of which some are of interest.
+fn overlays(table: &str, is_of_interest: impl Fn(&str) -> bool) -> Vec<(String, Mount)> {
+    let table = MountTable::parse(table, is_of_interest);
+    let overlays = table.mounts().filter(|(_, mount)| mount.fs_type == "overlay");
+    overlays.map(|(point, mount)| (point.to_owned(), mount.clone())).collect()
 }
 
 /// Whether the machine's Nix daemon sees what is mounted after it was started.
 fn nix_daemon(facts: &Facts) -> Option<Finding> {
     let table = facts.daemon_mounts.as_deref()?;
     let stores = facts.stores.as_ref().ok()?;
-    let is_cut_off = |dir: &str| overlays(table).any(|(point, _, is_reached)| point == dir && !is_reached);
+    let is_cut_off = |dir: &str| overlays(table, |point| point == dir).iter().any(|(_, mount)| !mount.is_reached);
     let cut_off: Vec<_> =
         stores.iter().filter(|store| is_cut_off(&store.real_store_dir)).map(|store| store.name.as_str()).collect();
     if cut_off.is_empty() {
@@ -297,23 +291,14 @@ fn nix_daemon(facts: &Facts) -> Option<Finding> {
 
 /// Layered stores that somebody has mounted and not declared.
 fn by_hand(facts: &Facts) -> Vec<Finding> {
-    let declared: Vec<_> = facts.stores.iter().flatten().map(|store| store.real_store_dir.as_str()).collect();
-    let is_of_store = |options: &str| {
-        options.split(',').any(|option| option.starts_with("lowerdir=") && option.ends_with("/nix/store"))
-    };
-    let mut points: Vec<_> = overlays(&facts.mounts)
-        .filter(|(point, options, _)| {
-            point.ends_with("/nix/store") && is_of_store(options) && !declared.contains(point)
-        })
-        .map(|(point, ..)| point)
-        .collect();
-    points.sort_unstable();
-    points.dedup();
     // Without the daemon nobody knows which are its own.
-    if facts.stores.is_err() {
-        points.clear();
-    }
-    let told = |point: &&str| {
+    let Ok(stores) = &facts.stores else { return Vec::new() };
+    let is_declared = |point: &str| stores.iter().any(|store| store.real_store_dir == point);
+    let may_be_store = |point: &str| point.ends_with("/nix/store") && !is_declared(point);
+    let of_stores = overlays(&facts.mounts, may_be_store).into_iter();
+    let of_stores = of_stores.filter(|(_, mount)| mount.live.lower.ends_with("/nix/store"));
+    let points: BTreeSet<_> = of_stores.map(|(point, _)| point).collect();
+    let told = |point: &String| {
         note(
             "mounts",
             format!("{point} is an overlay of a store that is not declared"),
