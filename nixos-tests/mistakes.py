@@ -197,11 +197,11 @@ with subtest("Names, accounts, modes and types are checked"):
         refused(f'owner = "{account}"', "not the name or number of an account")
         refused(f'group = "{account}"', "not the name or number of an account")
     for declared, sentence in {
-        "root = 1": "root: a string is expected here, not an integer",
+        "root = 1": 'root: a string is expected here, not an integer; write "1"',
         "lower-store = []": "lower-store: a string is expected here, not an array",
         'required = "yes"': "required: true or false is expected here, not a string",
         "autostart = 1": "autostart: true or false is expected here, not an integer",
-        "mode = 755": "mode: a string is expected here, not an integer",
+        "mode = 755": 'mode: a string is expected here, not an integer; write "755"',
     }.items():
         before = [] if declared.startswith("lower") else ['lower-store = "/l"']
         text = "\n".join(["[stores.ci]", *before, declared])
