@@ -86,6 +86,12 @@ impl Fingerprint {
         Ok(Self { database, log: look("db.sqlite-wal")? })
     }
 
+    /// Whether it is of the same file as another one.
+    pub(crate) fn is_of_the_same_file(&self, other: &Self) -> bool {
+        let file = |(device, inode, ..): Mark| (device, inode);
+        file(self.database) == file(other.database)
+    }
+
     /// Whether there is nothing in the log.
     fn is_without_log(&self) -> bool {
         self.log.is_none_or(|(_, _, size, ..)| size == 0)
@@ -185,6 +191,11 @@ impl Database {
         look(&snapshot)
     }
 
+    /// Whether it was opened as one that does not change: what is written to it later is not seen.
+    pub(crate) fn is_immutable(&self) -> bool {
+        self.untouched.is_some()
+    }
+
     /// A number that is another one whenever somebody else has written since it was asked for last.
     ///
     /// # Errors
@@ -253,16 +264,33 @@ impl Snapshot<'_> {
     ///
     /// # Errors
     /// [`DatabaseError`].
-    pub fn valid_paths(&self, mut visit: impl FnMut(ValidPath) -> bool) -> Result<(), DatabaseError> {
-        let select = "SELECT id, path, hash, narSize FROM ValidPaths";
+    pub fn valid_paths(&self, visit: impl FnMut(ValidPath) -> bool) -> Result<(), DatabaseError> {
+        self.valid_paths_after(i64::MIN, visit)
+    }
+
+    /// Visits those with a number above one, which are what became valid later: no number is given twice (`AUTOINCREMENT`).
+    ///
+    /// # Errors
+    /// [`DatabaseError`].
+    pub fn valid_paths_after(&self, id: i64, mut visit: impl FnMut(ValidPath) -> bool) -> Result<(), DatabaseError> {
+        let select = "SELECT id, path, hash, narSize FROM ValidPaths WHERE id > ?";
         let mut select = self.connection.prepare(select).map_err(self.sql())?;
-        let mut rows = select.query([]).map_err(self.sql())?;
+        let mut rows = select.query([id]).map_err(self.sql())?;
         while let Some(row) = rows.next().map_err(self.sql())? {
             if !visit(self.valid_path(row)?) {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// How many paths are valid.
+    ///
+    /// # Errors
+    /// [`DatabaseError`].
+    pub fn count(&self) -> Result<usize, DatabaseError> {
+        let count = self.connection.query_row("SELECT count(*) FROM ValidPaths", [], |row| row.get::<_, i64>(0));
+        Ok(usize::try_from(count.map_err(self.sql())?).unwrap_or_default())
     }
 
     /// The paths that refer to one, but for itself; so many at most.

@@ -28,6 +28,7 @@
 
 mod database;
 mod error;
+pub mod index;
 mod name;
 
 pub use database::{Database, Fingerprint, Snapshot, ValidPath};

@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use serde::{Deserialize, Serialize};
+
 /// The length of the hash at the beginning of a name, and the characters it is made of (`nix32`).
 const HASH: usize = 32;
 const DIGITS: &[u8] = b"0123456789abcdfghijklmnpqrsvwxyz";
@@ -11,8 +13,9 @@ const LONGEST: usize = 211;
 
 /// The name of a store object, such as `s66mzxpvicwk07gjbjfw9izjfa797vsw-hello-2.12.1`: what is behind the store directory in
 /// its path. It is one component of a path and not `.` or `..`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectName(String);
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct ObjectName(Box<str>);
 
 /// Something is not the name of a store object.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +45,14 @@ impl ObjectName {
     }
 }
 
+impl TryFrom<String> for ObjectName {
+    type Error = NameError;
+
+    fn try_from(name: String) -> Result<Self, NameError> {
+        name.parse()
+    }
+}
+
 impl FromStr for ObjectName {
     type Err = NameError;
 
@@ -53,7 +64,7 @@ impl FromStr for ObjectName {
                     && (1..=LONGEST).contains(&rest.len())
                     && rest.iter().copied().all(is_of_name) =>
             {
-                Ok(Self(name.to_owned()))
+                Ok(Self(name.into()))
             }
             _ => Err(NameError::of(name)),
         }

@@ -1,0 +1,5 @@
+//! Databases as Nix makes them, as they are not, and what is told of them.
+
+mod databases;
+mod index;
+mod nix;
