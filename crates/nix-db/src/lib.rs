@@ -26,10 +26,12 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod collector;
 mod database;
 mod error;
 pub mod index;
 mod name;
+pub mod roots;
 
 pub use database::{Database, Fingerprint, Snapshot, ValidPath};
 pub use error::DatabaseError;

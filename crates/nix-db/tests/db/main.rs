@@ -3,3 +3,4 @@
 mod databases;
 mod index;
 mod nix;
+mod roots;

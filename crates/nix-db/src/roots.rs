@@ -1,0 +1,235 @@
+//! Roots for a store's garbage collector: what is below `gcroots` in its state directory is not collected.
+//!
+//! A root is an empty file with the name of a store object (`LocalStore::findRoots` in Nix's src/libstore/gc.cc): one call
+//! makes it, and it follows nothing. What it names need not be there.
+
+use std::{
+    collections::HashSet,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::{
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags},
+    io::Errno,
+};
+
+use crate::ObjectName;
+
+/// Below `gcroots`: the directory that holds one for each store.
+const OURS: &str = "layered-stores";
+
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// What one layered store needs of the store underneath.
+#[derive(Debug)]
+pub struct Roots {
+    dir: OwnedFd,
+}
+
+/// Roots cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RootsError {
+    /// The kernel refuses.
+    #[error("cannot {doing} {at} in the lower store's state directory: {errno}")]
+    Sys {
+        /// What was tried.
+        doing: &'static str,
+        /// Where, below the state directory.
+        at: String,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// A directory of ours is somebody else's: whoever can write to it takes roots away.
+    #[error(
+        "{at} in the lower store's state directory can be changed by others (uid {uid}, mode {mode:04o}); remove it"
+    )]
+    NotOurs {
+        /// Where, below the state directory.
+        at: String,
+        /// Its owner.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+}
+
+impl RootsError {
+    fn sys(doing: &'static str, at: &str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self::Sys { doing, at: at.to_owned(), errno }
+    }
+
+    /// Whether it lies on a filesystem that takes no writes.
+    pub fn is_read_only(&self) -> bool {
+        matches!(self, Self::Sys { errno: Errno::ROFS, .. })
+    }
+}
+
+impl Roots {
+    /// Those of a store, by its name. The directory is made if need be.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn open(state_dir: impl AsFd, store: &str) -> Result<Self, RootsError> {
+        let gcroots = step(state_dir.as_fd(), "gcroots", "gcroots", true)?;
+        let ours = step(gcroots.as_fd(), OURS, &at(None), true)?;
+        refuse_others(&ours, &at(None))?;
+        let dir = step(ours.as_fd(), store, &at(Some(store)), true)?;
+        refuse_others(&dir, &at(Some(store)))?;
+        Ok(Self { dir })
+    }
+
+    /// All of them. What is there that is none is left out.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn list(&self) -> Result<HashSet<ObjectName>, RootsError> {
+        names(self.dir.as_fd()).map_err(RootsError::sys("list", OURS))
+    }
+
+    /// Adds one. Whether it was not there.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn add(&self, name: &ObjectName) -> Result<bool, RootsError> {
+        let mode = Mode::RUSR | Mode::RGRP | Mode::ROTH;
+        match rustix::fs::mknodat(&self.dir, name.as_str(), FileType::RegularFile, mode, 0) {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            Err(errno) => Err(RootsError::sys("make a root for", name.as_str())(errno)),
+        }
+    }
+
+    /// Removes one. Whether it was there.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn remove(&self, name: &ObjectName) -> Result<bool, RootsError> {
+        match rustix::fs::unlinkat(&self.dir, name.as_str(), AtFlags::empty()) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(RootsError::sys("remove the root of", name.as_str())(errno)),
+        }
+    }
+
+    /// Has what was added and removed be there after a power cut.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn sync(&self) -> Result<(), RootsError> {
+        rustix::fs::fsync(&self.dir).map_err(RootsError::sys("write", OURS))
+    }
+
+    /// Removes all roots of a store, and the directory if there is nothing else in it. Whether there was one.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn drop_all(state_dir: impl AsFd, store: &str) -> Result<bool, RootsError> {
+        let found = (|| {
+            let gcroots = step(state_dir.as_fd(), "gcroots", "gcroots", false)?;
+            let ours = step(gcroots.as_fd(), OURS, &at(None), false)?;
+            let dir = step(ours.as_fd(), store, &at(Some(store)), false)?;
+            Ok((ours, dir))
+        })();
+        let (ours, dir) = match found {
+            Err(RootsError::Sys { errno: Errno::NOENT, .. }) => return Ok(false),
+            found => found?,
+        };
+        refuse_others(&ours, &at(None))?;
+        refuse_others(&dir, &at(Some(store)))?;
+        let roots = Self { dir };
+        for name in roots.list()? {
+            roots.remove(&name)?;
+        }
+        match rustix::fs::unlinkat(&ours, store, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOTEMPTY | Errno::NOENT) => Ok(true),
+            Err(errno) => Err(RootsError::sys("remove", &at(Some(store)))(errno)),
+        }
+    }
+}
+
+fn at(store: Option<&str>) -> String {
+    store.map_or_else(|| format!("gcroots/{OURS}"), |store| format!("gcroots/{OURS}/{store}"))
+}
+
+fn step(dir: BorrowedFd<'_>, name: &str, at: &str, make: bool) -> Result<OwnedFd, RootsError> {
+    let open = || rustix::fs::openat(dir, name, DIRECTORY, Mode::empty());
+    match open() {
+        Err(Errno::NOENT) if make => {
+            let mode = Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
+            match rustix::fs::mkdirat(dir, name, mode) {
+                Ok(()) | Err(Errno::EXIST) => open().map_err(RootsError::sys("open", at)),
+                Err(errno) => Err(RootsError::sys("make", at)(errno)),
+            }
+        }
+        opened => opened.map_err(RootsError::sys("open", at)),
+    }
+}
+
+/// Refuses a directory that is not this process's own.
+fn refuse_others(dir: &OwnedFd, at: &str) -> Result<(), RootsError> {
+    let stat = rustix::fs::fstat(dir).map_err(RootsError::sys("look at", at))?;
+    if stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(RootsError::NotOurs { at: at.to_owned(), uid: stat.st_uid, mode: stat.st_mode & 0o7777 })
+}
+
+/// The names of store objects in a directory.
+fn names(dir: BorrowedFd<'_>) -> Result<HashSet<ObjectName>, Errno> {
+    let entries = Dir::read_from(dir)?;
+    let name = |entry: Result<rustix::fs::DirEntry, Errno>| {
+        entry.map(|entry| entry.file_name().to_str().ok()?.parse().ok()).transpose()
+    };
+    entries.filter_map(name).collect()
+}
+
+/// The roots that processes hold for a while (`temproots` in a state directory): what Nix is working with right now.
+///
+/// # Errors
+/// What the kernel says.
+pub fn temporary(state_dir: impl AsFd) -> Result<HashSet<ObjectName>, Errno> {
+    // Whoever owns the store can put anything there: a pipe, which would be waited for, or a file without an end.
+    const LONGEST: usize = 64 << 20;
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let dir = match rustix::fs::openat(state_dir, "temproots", DIRECTORY, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(HashSet::new()),
+        dir => dir?,
+    };
+    let mut found = HashSet::new();
+    let mut left = LONGEST;
+    let mut buffer = vec![0; 64 << 10];
+    for entry in Dir::read_from(&dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name.is_empty() || !name.iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        let Ok(file) = rustix::fs::openat(&dir, entry.file_name(), flags, Mode::empty()) else { continue };
+        let is_file = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        if !rustix::fs::fstat(&file).is_ok_and(is_file) {
+            continue;
+        }
+        let mut text = Vec::new();
+        while left > 0 {
+            let count = rustix::io::read(&file, &mut buffer)?;
+            if count == 0 {
+                break;
+            }
+            left = left.saturating_sub(count);
+            text.extend_from_slice(&buffer[..count]);
+        }
+        // Whole paths, each with a NUL behind it.
+        let paths = text.split_inclusive(|&byte| byte == 0).filter_map(|path| path.strip_suffix(b"\0"));
+        let names = paths.filter_map(|path| ObjectName::in_path(std::str::from_utf8(path).ok()?).ok());
+        found.extend(names);
+    }
+    Ok(found)
+}
+
+/// Opens a directory as it is, for those who are sure of it.
+///
+/// # Errors
+/// What the kernel says.
+pub fn open_dir(path: &std::path::Path) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(CWD, path, DIRECTORY, Mode::empty())
+}
