@@ -24,8 +24,9 @@ FISHCOMPLETIONDIR ?= $(DATADIR)/fish/vendor_completions.d
 CARGO ?= cargo
 INSTALL ?= install
 
-executables := layered-stores layered-storesd layered-stores-remount
-units := layered-storesd.service layered-stores-wait.service layered-stores.target layered-stores-nix-daemon@.service
+executables := layered-stores layered-storesd layered-stores-remount layered-stores-index
+units := layered-storesd.service layered-stores-wait.service layered-stores.target layered-stores-nix-daemon@.service \
+	layered-stores-index@.service layered-stores-index@.socket
 interfaces := $(notdir $(wildcard data/org.layeredstores1.*.xml))
 documents := $(wildcard README.md CHANGELOG.md LICENSE-MIT LICENSE-APACHE)
 
@@ -113,8 +114,8 @@ install: build ## executables, units, D-Bus and polkit files, man pages, complet
 # The mounts are units of their own and stay, as they do when the daemon ends.
 uninstall: ## what install installed, stopped and disabled before; stores and their configuration stay
 	@[ -n "$(DESTDIR)" ] || ! command -v systemctl >/dev/null || { set -x; \
-		systemctl stop 'layered-stores-nix-daemon@*.socket' 'layered-stores-nix-daemon@*.service'; \
-		systemctl disable --now $(filter-out %@.service,$(units)) || true; }
+		systemctl stop 'layered-stores-nix-daemon@*.socket' 'layered-stores-nix-daemon@*.service' 'layered-stores-index@*'; \
+		systemctl disable --now $(filter-out %@.service %@.socket,$(units)) || true; }
 	rm -f $(addprefix $(DESTDIR)$(BINDIR)/,$(executables))
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(units))
 	rm -f $(DESTDIR)$(DBUSPOLICYDIR)/org.layeredstores1.conf

@@ -11,7 +11,12 @@ from driver import paths
 from driver.errors import RequestedAssertionFailed
 
 SOURCE = "/srv/layered-stores"
-EXECUTABLES = ("layered-stores", "layered-storesd", "layered-stores-remount")
+EXECUTABLES = (
+    "layered-stores",
+    "layered-storesd",
+    "layered-stores-remount",
+    "layered-stores-index",
+)
 CONFIG = "/etc/layered-stores/config.toml"
 BLOCK = re.compile(r"^```(sh|console|toml)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 STORE_PATH = re.compile(r"/nix/store/[0-9a-z]{32}-[\w.-]+")

@@ -2,6 +2,7 @@
 
 use layered_stores_client::job_path;
 use layered_stores_model::StoreName;
+use layered_stores_nix_db::index::protocol::Contents;
 use zbus::{interface, message::Header, wire::OwnedObjectPath};
 
 use super::{
@@ -19,6 +20,11 @@ pub(super) struct Store {
 }
 
 impl Store {
+    /// One figure of what is in it.
+    fn content(&self, figure: impl Fn(&Contents) -> u64) -> u64 {
+        self.cell.read(|status| status.found.as_ref()?.contents().map(figure)).unwrap_or_default()
+    }
+
     async fn check(&self, call: &Header<'_>, action: Action) -> Result<StoreName> {
         let (name, owner) = self.cell.read(|status| (status.name().clone(), status.owner_uid));
         let owner = (action == Action::Remount).then_some(owner);
@@ -202,5 +208,53 @@ impl Store {
     #[zbus(property)]
     fn swap_count(&self) -> u64 {
         self.cell.read(|status| status.swap_count)
+    }
+
+    /// Whether it is known what is in it, which is what the properties below are about; else they are 0.
+    #[zbus(property)]
+    fn contents_known(&self) -> bool {
+        self.cell.read(|status| status.found.as_ref().is_some_and(|found| found.contents().is_some()))
+    }
+
+    /// How many valid paths have their files in the upper layer.
+    #[zbus(property)]
+    fn upper_path_count(&self) -> u64 {
+        self.content(|contents| contents.upper_paths)
+    }
+
+    /// Their size as NARs, in bytes.
+    #[zbus(property)]
+    fn upper_nar_size(&self) -> u64 {
+        self.content(|contents| contents.upper_size)
+    }
+
+    /// How many of them have files in the lower store as well.
+    #[zbus(property)]
+    fn shadowed_path_count(&self) -> u64 {
+        self.content(|contents| contents.shadowed_paths)
+    }
+
+    /// Their size as NARs, in bytes: `nix-store --optimise` gives as much back.
+    #[zbus(property)]
+    fn shadowed_nar_size(&self) -> u64 {
+        self.content(|contents| contents.shadowed_size)
+    }
+
+    /// How many valid paths have their files in the lower store only.
+    #[zbus(property)]
+    fn lower_path_count(&self) -> u64 {
+        self.content(|contents| contents.lower_paths)
+    }
+
+    /// How many valid paths have their files nowhere.
+    #[zbus(property)]
+    fn lost_path_count(&self) -> u64 {
+        self.content(|contents| contents.lost_paths)
+    }
+
+    /// How many paths are kept for it from the lower store's garbage collector.
+    #[zbus(property)]
+    fn lease_count(&self) -> u64 {
+        self.cell.read(|status| status.found.as_ref().map_or(0, |found| found.leases()))
     }
 }

@@ -67,6 +67,9 @@ pub(super) fn one(store: &Properties, usage: Usage) -> String {
         },
     );
     line("", &held);
+    if store.contents_known {
+        line("contents", &contents(store));
+    }
     line("real store dir", &store.real_store_dir);
     line("mount unit", &store.mount_unit);
     if !store.daemon_uri.is_empty() {
@@ -83,6 +86,21 @@ pub(super) fn one(store: &Properties, usage: Usage) -> String {
         let message = wrapped(&format!("{message} [{code}]"), 18, std::io::stdout());
         let _ = writeln!(text, "  {ODD}{:>14}{ODD:#}  {message}", "problem");
     }
+    text
+}
+
+/// What is in a store, by its database.
+fn contents(store: &Properties) -> String {
+    let mut text = format!("{} valid of its own ({})", store.upper_path_count, human(store.upper_nar_size));
+    if store.shadowed_path_count > 0 {
+        let _ = write!(
+            text,
+            ", {} also in the lower store ({})",
+            store.shadowed_path_count,
+            human(store.shadowed_nar_size)
+        );
+    }
+    let _ = write!(text, "; {} of the lower store, {} kept there", store.lower_path_count, store.lease_count);
     text
 }
 

@@ -28,6 +28,7 @@ pub(super) use waiting::{Reply, Waiting, answer};
 use self::retries::{REPAIR_WINDOW, REPAIRS};
 use super::{
     Error,
+    leases::Report,
     looks::Looks,
     machine::{Follow, Guard},
     operation::Up,
@@ -103,6 +104,9 @@ pub(super) struct Entry {
     pub(super) stuck: Option<String>,
     pub(super) whereabouts: Whereabouts,
     pub(super) looks: Looks,
+    /// What was found by looking into it, and how often that was to be begun anew.
+    pub(super) found: Option<Arc<Report>>,
+    pub(super) round: u64,
     /// Whether its mount is read-only, and what keeps its upper layer from taking writes.
     read_only: bool,
     pub(super) room: Option<(Problem, String)>,
@@ -151,6 +155,8 @@ impl Entry {
             read_only: false,
             room: None,
             looks: Looks::default(),
+            found: None,
+            round: 0,
             hold_at: None,
             own_seen: None,
             unconfirmed: None,
@@ -472,6 +478,7 @@ impl Entry {
             refresh_count: self.refreshes.count,
             swap_count: self.refreshes.swap_count,
             owner_uid: self.owner_uid,
+            found: self.found.clone(),
         })
     }
 }

@@ -17,6 +17,7 @@ use super::{
     Error,
     entry::Reply,
     jobs::{JobCommand, JobNews},
+    leases::Report,
     status::{Status, StatusCell},
     threads::DEADLINE,
 };
@@ -50,6 +51,8 @@ pub enum Command {
     Reload(Reply),
     /// How the sockets of Nix daemons were when that was asked, after one has changed. The engine tells it itself.
     Sockets(Instant, BTreeMap<StoreName, SocketState>),
+    /// What was found in a store. The engine tells it itself.
+    Found(StoreName, Box<Report>),
 }
 
 /// Something that happened, for those who tell others.

@@ -27,11 +27,15 @@ use layered_stores_overlay::{
     swap::{OldMount, OldSuperblock, RetireError},
 };
 use rustix::io::Errno;
-use tokio::{sync::mpsc::WeakSender, time::Instant};
+use tokio::{
+    sync::{mpsc::WeakSender, watch},
+    time::Instant,
+};
 
 use super::{
     handle::Command,
     jobs::{Findings, Kind},
+    leases::Stores,
     looks::{Look, Sight},
     operation::{Held, OperationError, Up},
     owed::Aim,
@@ -122,6 +126,9 @@ pub(super) trait Machine: Debug + Send + Sync {
 
     /// All that has changed up to now, as far as it may concern a store.
     fn changes_of(&self, name: &StoreName) -> Result<HashMap<StoreName, Changes>, Errno>;
+
+    /// Looks into the stores that are up, and tells the engine what is found.
+    fn attend(&self, stores: watch::Receiver<Stores>, engine: WeakSender<Command>) -> Later<'static, ()>;
 
     /// Tells the engine how the sockets of Nix daemons are, each time one has changed.
     fn watch_sockets(&self, engine: WeakSender<Command>) -> Later<'static, ()>;

@@ -8,6 +8,8 @@ use std::{
 use layered_stores_model::{StoreName, StoreSpec};
 use serde::Serialize;
 
+use super::leases::Report;
+
 /// Where a store is in its life; the words are systemd's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -71,6 +73,12 @@ pub enum Problem {
     ReadOnly,
     /// There is no room on the filesystem of its upper layer.
     Full,
+    /// Its database, or where the objects lie that are in it, cannot be read.
+    DatabaseUnreadable,
+    /// Paths are valid in it whose files are neither in its upper layer nor in the lower store.
+    PathsLost,
+    /// What it uses of the lower store cannot be kept from the garbage collector there.
+    Unleased,
 }
 
 /// Its code on the bus.
@@ -107,6 +115,8 @@ pub struct Status {
     pub swap_count: u64,
     /// The user, besides root, who may ask for a refresh.
     pub owner_uid: u32,
+    /// What was found by looking into it.
+    pub found: Option<Arc<Report>>,
 }
 
 impl Status {
@@ -125,6 +135,7 @@ impl Status {
             refresh_count: 0,
             swap_count: 0,
             owner_uid: 0,
+            found: None,
         }
     }
 
@@ -148,6 +159,7 @@ impl Status {
             refresh_count,
             swap_count,
             owner_uid,
+            found,
         } = self;
         // Several properties are parts of a specification.
         Arc::ptr_eq(spec, &last.spec)
@@ -162,6 +174,7 @@ impl Status {
             && is(refresh_count, &first.refresh_count, &last.refresh_count)
             && is(swap_count, &first.swap_count, &last.swap_count)
             && is(owner_uid, &first.owner_uid, &last.owner_uid)
+            && is(found, &first.found, &last.found)
     }
 
     /// Whether a user owns the store, or may turn out to when it is up.

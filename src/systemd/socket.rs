@@ -173,7 +173,7 @@ impl Units {
         units.iter().any(|(name, _, _, active, ..)| name == unit && active == "active")
     }
 
-    async fn socket_job(
+    pub(super) async fn socket_job(
         &self,
         job: zbus::wire::OwnedObjectPath,
         doing: &'static str,

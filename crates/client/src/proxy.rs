@@ -135,6 +135,22 @@ pub struct Properties {
     pub refresh_count: u64,
     /// How often by a new superblock.
     pub swap_count: u64,
+    /// Whether what follows is known.
+    pub contents_known: bool,
+    /// Valid paths whose files are in the upper layer.
+    pub upper_path_count: u64,
+    /// Their size as NARs, in bytes.
+    pub upper_nar_size: u64,
+    /// Those of them whose files are in the lower store as well.
+    pub shadowed_path_count: u64,
+    /// Their size as NARs, in bytes.
+    pub shadowed_nar_size: u64,
+    /// Valid paths whose files are in the lower store only.
+    pub lower_path_count: u64,
+    /// Valid paths whose files are nowhere.
+    pub lost_path_count: u64,
+    /// Paths that are kept in the lower store.
+    pub lease_count: u64,
 }
 
 impl Properties {

@@ -25,8 +25,10 @@ pub enum LowerStore {
         url: String,
         /// The directory of its store objects on this machine.
         store_dir: AbsolutePath,
-        /// Its state directory, in which whoever uses it works; `None` if a Nix daemon does that for them.
-        state_dir: Option<AbsolutePath>,
+        /// Its state directory.
+        state_dir: AbsolutePath,
+        /// Whether a Nix daemon works there for those who use it.
+        has_daemon: bool,
     },
 }
 
@@ -86,9 +88,9 @@ impl FromStr for LowerStore {
         if text == "/" {
             return Err(LowerStoreError::HostRoot);
         }
-        let (store_dir, state_dir) = directories(text)?;
+        let (store_dir, state_dir, has_daemon) = directories(text)?;
         refuse_unprintable(text)?;
-        Ok(Self::Nix { url: text.to_owned(), store_dir, state_dir })
+        Ok(Self::Nix { url: text.to_owned(), store_dir, state_dir, has_daemon })
     }
 }
 
@@ -101,12 +103,12 @@ fn refuse_unprintable(url: &str) -> Result<(), LowerStoreError> {
     refused.map_or(Ok(()), |c| Err(LowerStoreError::Unprintable(c)))
 }
 
-/// The local directory of store objects of a Nix store URL, and its state directory if Nix works in that itself.
+/// The local directory of store objects of a Nix store URL, its state directory, and whether a Nix daemon works in that.
 ///
 /// Follows `parseStoreReference` and the settings `root`, `real`, `state` and `store` of Nix's local stores
 /// (`src/libstore/store-reference.cc`, `local-fs-store.hh`): `real` and `state` win over `root`, and a bare
 /// absolute path is a root.
-fn directories(url: &str) -> Result<(AbsolutePath, Option<AbsolutePath>), LowerStoreError> {
+fn directories(url: &str) -> Result<(AbsolutePath, AbsolutePath, bool), LowerStoreError> {
     let (base, query) = url.split_once('?').unwrap_or((url, ""));
     let (scheme, authority) = base.split_once("://").unwrap_or((base, ""));
     let mut root = None;
@@ -136,8 +138,7 @@ fn directories(url: &str) -> Result<(AbsolutePath, Option<AbsolutePath>), LowerS
         (None, None) => default.parse(),
     };
     let has_daemon = matches!(scheme, "daemon" | "unix");
-    let state_dir = if has_daemon { None } else { Some(directory(state, NIX_STATE_DIR)?) };
-    Ok((directory(real, NIX_STORE_DIR)?, state_dir))
+    Ok((directory(real, NIX_STORE_DIR)?, directory(state, NIX_STATE_DIR)?, has_daemon))
 }
 
 impl fmt::Display for LowerStore {
@@ -158,8 +159,8 @@ mod tests {
         for (url, store, state) in [
             ("/mnt/store-a", "/mnt/store-a/nix/store", "/mnt/store-a/nix/var/nix"),
             ("auto", "/nix/store", "/nix/var/nix"),
-            ("daemon", "/nix/store", ""),
-            ("daemon?root=/x", "/x/nix/store", ""),
+            ("daemon", "/nix/store", "daemon: /nix/var/nix"),
+            ("daemon?root=/x", "/x/nix/store", "daemon: /x/nix/var/nix"),
             ("local", "/nix/store", "/nix/var/nix"),
             ("local?root=/x", "/x/nix/store", "/x/nix/var/nix"),
             ("local?root=", "/nix/store", "/nix/var/nix"),
@@ -168,12 +169,13 @@ mod tests {
             ("local-overlay://?root=/x", "/x/nix/store", "/x/nix/var/nix"),
             ("local:///srv/a?read-only=true", "/srv/a/nix/store", "/srv/a/nix/var/nix"),
             ("local?store=/nix/store&root=%2Fx", "/x/nix/store", "/x/nix/var/nix"),
-            ("unix:///run/other.sock?root=/x", "/x/nix/store", ""),
-            ("unix://", "/nix/store", ""),
+            ("unix:///run/other.sock?root=/x", "/x/nix/store", "daemon: /x/nix/var/nix"),
+            ("unix://", "/nix/store", "daemon: /nix/var/nix"),
             ("/x?state=/s&read-only=true", "/x/nix/store", "/s"),
         ] {
-            let (found_store, found_state) = directories(url).unwrap_or_else(|error| panic!("{url}: {error}"));
-            let found_state = found_state.map(|dir| dir.to_string()).unwrap_or_default();
+            let (found_store, found_state, has_daemon) =
+                directories(url).unwrap_or_else(|error| panic!("{url}: {error}"));
+            let found_state = format!("{}{found_state}", if has_daemon { "daemon: " } else { "" });
             assert_eq!((found_store.as_str(), found_state.as_str()), (store, state), "{url}");
         }
     }

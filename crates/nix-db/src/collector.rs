@@ -18,6 +18,8 @@ use rustix::{
     io::Errno,
 };
 
+use crate::roots::{give, nix_directory};
+
 /// The socket of a collector, below the state directory.
 const SOCKET_DIR: &str = "gc-socket";
 const SOCKET: &str = "socket";
@@ -37,9 +39,18 @@ impl GcLock {
     pub fn open(state_dir: impl AsFd) -> Result<Self, Errno> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let open = |flags, mode| rustix::fs::openat(&state_dir, "gc.lock", flags, mode);
-        // Nix locks it without opening it for writing having mattered: one on a filesystem for reading is locked as well.
+        // For reading: a lock does not ask for more, and one on a filesystem for reading is had as well.
         let fd = match open(flags | OFlags::RDONLY, Mode::empty()) {
-            Err(Errno::NOENT) => open(flags | OFlags::RDWR | OFlags::CREATE, Mode::RUSR | Mode::WUSR)?,
+            Err(Errno::NOENT) => {
+                match open(flags | OFlags::RDONLY | OFlags::CREATE | OFlags::EXCL, Mode::RUSR | Mode::WUSR) {
+                    Err(Errno::EXIST) => open(flags | OFlags::RDONLY, Mode::empty())?,
+                    made => {
+                        let made = made?;
+                        give(&made, state_dir.as_fd())?;
+                        made
+                    }
+                }
+            }
             fd => fd?,
         };
         let stat = rustix::fs::fstat(&fd)?;
@@ -155,11 +166,7 @@ pub fn connect(state_dir: BorrowedFd<'_>) -> io::Result<UnixStream> {
 /// # Errors
 /// What the kernel says.
 pub fn listen(state_dir: BorrowedFd<'_>) -> io::Result<Listening> {
-    match rustix::fs::mkdirat(state_dir, SOCKET_DIR, Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(errno) => return Err(errno.into()),
-    }
-    let dir = socket_dir(state_dir)?;
+    let dir = nix_directory(state_dir, SOCKET_DIR)?;
     remove_socket(dir.as_fd())?;
     let umask = rustix::process::umask(Mode::empty());
     let listener = UnixListener::bind(through(dir.as_fd()).join(SOCKET));

@@ -219,9 +219,9 @@ fn has_log(dir: &Path) -> Result<bool, DatabaseError> {
 }
 
 fn check_version(dir: &Path) -> Result<(), DatabaseError> {
-    // Nix makes it last.
+    // Nix makes it last: without it, it is being made.
     if file(dir, "schema")?.is_none() {
-        return Ok(());
+        return Err(DatabaseError::Absent(dir.to_owned()));
     }
     let mut version = Vec::new();
     let read = File::open(dir.join("schema")).and_then(|file| file.take(32).read_to_end(&mut version));

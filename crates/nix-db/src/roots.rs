@@ -70,7 +70,7 @@ impl Roots {
     /// # Errors
     /// [`RootsError`].
     pub fn open(state_dir: impl AsFd, store: &str) -> Result<Self, RootsError> {
-        let gcroots = step(state_dir.as_fd(), "gcroots", "gcroots", true)?;
+        let gcroots = nix_directory(state_dir.as_fd(), "gcroots").map_err(RootsError::sys("open", "gcroots"))?;
         let ours = step(gcroots.as_fd(), OURS, &at(None), true)?;
         refuse_others(&ours, &at(None))?;
         let dir = step(ours.as_fd(), store, &at(Some(store)), true)?;
@@ -165,6 +165,35 @@ fn step(dir: BorrowedFd<'_>, name: &str, at: &str, make: bool) -> Result<OwnedFd
     }
 }
 
+/// A directory of Nix's in a state directory, made if need be: for Nix as whoever owns that.
+pub(crate) fn nix_directory(state_dir: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
+    let mode = Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
+    let open = || rustix::fs::openat(state_dir, name, DIRECTORY, Mode::empty());
+    match open() {
+        Err(Errno::NOENT) => match rustix::fs::mkdirat(state_dir, name, mode) {
+            Ok(()) => {
+                let made = open()?;
+                give(&made, state_dir)?;
+                Ok(made)
+            }
+            Err(Errno::EXIST) => open(),
+            Err(errno) => Err(errno),
+        },
+        opened => opened,
+    }
+}
+
+/// Gives what was made in a directory to whoever owns that.
+pub(crate) fn give(made: &OwnedFd, dir: BorrowedFd<'_>) -> Result<(), Errno> {
+    let (stat, own) = (rustix::fs::fstat(dir)?, rustix::fs::fstat(made)?);
+    // What is somebody else's was not made here: it took the place meanwhile.
+    if own.st_uid == stat.st_uid || own.st_uid != rustix::process::geteuid().as_raw() {
+        return Ok(());
+    }
+    let (uid, gid) = (rustix::fs::Uid::from_raw(stat.st_uid), rustix::fs::Gid::from_raw(stat.st_gid));
+    rustix::fs::fchown(made, Some(uid), Some(gid))
+}
+
 /// Refuses a directory that is not this process's own.
 fn refuse_others(dir: &OwnedFd, at: &str) -> Result<(), RootsError> {
     let stat = rustix::fs::fstat(dir).map_err(RootsError::sys("look at", at))?;
@@ -232,4 +261,66 @@ pub fn temporary(state_dir: impl AsFd) -> Result<HashSet<ObjectName>, Errno> {
 /// What the kernel says.
 pub fn open_dir(path: &std::path::Path) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(CWD, path, DIRECTORY, Mode::empty())
+}
+
+/// Roots that hold for as long as this is there, as Nix's own do while it works with a path: a file in `temproots` that is locked.
+#[derive(Debug)]
+pub struct TemporaryRoots {
+    dir: OwnedFd,
+    name: String,
+    file: OwnedFd,
+}
+
+impl TemporaryRoots {
+    /// None, to begin with.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn make(state_dir: impl AsFd) -> Result<Self, RootsError> {
+        const AT: &str = "temproots";
+        /// Names are numbers of processes (`LocalStore::fnTempRoots`); no process of Linux has one that is greater.
+        const BEYOND: u32 = 1 << 22;
+        let dir = nix_directory(state_dir.as_fd(), AT).map_err(RootsError::sys("open", AT))?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let process = rustix::process::getpid().as_raw_nonzero().get().unsigned_abs();
+        for beyond in 1..=16 {
+            let name = (beyond * BEYOND + process).to_string();
+            let file = match rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR) {
+                Err(Errno::EXIST) => continue,
+                file => file.map_err(RootsError::sys("make a file in", AT))?,
+            };
+            // Before a collector, which may run as the owner, finds a file that it cannot open.
+            give(&file, dir.as_fd()).map_err(RootsError::sys("give away a file in", AT))?;
+            rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+                .map_err(RootsError::sys("lock a file in", AT))?;
+            return Ok(Self { dir, name, file });
+        }
+        Err(RootsError::sys("make a file in", AT)(Errno::EXIST))
+    }
+
+    /// Adds some.
+    ///
+    /// # Errors
+    /// [`RootsError`].
+    pub fn add(&mut self, names: &HashSet<ObjectName>) -> Result<(), RootsError> {
+        let mut text = Vec::new();
+        for name in names {
+            text.extend_from_slice(b"/nix/store/");
+            text.extend_from_slice(name.as_str().as_bytes());
+            text.push(0);
+        }
+        let mut rest = &text[..];
+        while !rest.is_empty() {
+            let written = rustix::io::write(&self.file, rest).map_err(RootsError::sys("write to", "temproots"))?;
+            rest = rest.get(written..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for TemporaryRoots {
+    fn drop(&mut self) {
+        // A collector that finds it without a lock removes it as well.
+        let _ = rustix::fs::unlinkat(&self.dir, &self.name, AtFlags::empty());
+    }
 }

@@ -268,6 +268,16 @@ impl Directories {
     }
 }
 
+/// Walks to the state directory of a store that others lie on, whomever it belongs to: which directory it is, is for root to say.
+///
+/// # Errors
+/// [`LayersError`].
+pub fn open_lower_state(state_dir: &AbsolutePath) -> Result<OwnedFd, LayersError> {
+    let walk = Walk::new("lower-store");
+    let (parent, name) = walk.to_parent(state_dir)?;
+    walk.step(&parent, name, state_dir.as_str())
+}
+
 /// Walks to the lower store's directory. It may belong to anybody, and others may be able to write to it; what is in it is as
 /// trustworthy as they are. But which directory it is, is for root to say.
 fn open_lower(lower: &AbsolutePath) -> Result<OwnedFd, LayersError> {

@@ -56,15 +56,28 @@ fn what_changes_is_told_and_nothing_else() {
     with_daemon([AUTO, AUTO, BY_HAND], async |setup| {
         let picture = Picture::begin(setup.client(7).await).await;
         let state = ["State", "StateChangeUSec"];
+        let contents = [
+            "ContentsKnown",
+            "LeaseCount",
+            "LowerPathCount",
+            "ShadowedNarSize",
+            "ShadowedPathCount",
+            "UpperNarSize",
+            "UpperPathCount",
+        ];
+        let moved = [&state[..], &contents].concat();
         let refresh = ["LastRefresh", "LastRefreshUSec", "RefreshCount"];
+        let foreign = [&["Problems", "StateReason"], &moved[..]].concat();
         for (event, of, expected) in [
             (Event::Wait(Duration::from_secs(1)), 1, &[][..]),
-            (Event::Stop(1), 1, &state),
-            (Event::Start(1), 1, &state),
+            (Event::Stop(1), 1, &moved),
+            (Event::Start(1), 1, &moved),
+            (Event::Lose(1, true), 1, &["LostPathCount", "Problems"]),
+            (Event::Lose(1, false), 1, &["LostPathCount", "Problems"]),
             (Event::Change(1, 0, false, true), 1, &refresh),
             (Event::Full(1, true), 1, &["Problems"]),
             (Event::Full(1, false), 1, &["Problems"]),
-            (Event::MountForeign(0), 0, &["Problems", "State", "StateChangeUSec", "StateReason"]),
+            (Event::MountForeign(0), 0, &foreign),
         ] {
             let what = format!("{event:?}");
             setup.befall(event).await;

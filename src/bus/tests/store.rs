@@ -37,6 +37,8 @@ fn step_fails() -> String {
 /// What there is to say about a store, under the names that clients use in JSON.
 fn described(status: &Status) -> serde_json::Value {
     let (spec, layers) = (&status.spec, &status.spec.layers);
+    let found = status.found.as_deref().cloned().unwrap_or_default();
+    let contents = found.contents().cloned().unwrap_or_default();
     let problem = |(code, message): &(Problem, String)| json!({ "code": code.to_string(), "message": message });
     json!({
         "name": spec.name.as_str(),
@@ -60,6 +62,14 @@ fn described(status: &Status) -> serde_json::Value {
         "last-refresh": status.last_refresh,
         "refresh-count": status.refresh_count,
         "swap-count": status.swap_count,
+        "contents-known": found.contents().is_some(),
+        "upper-path-count": contents.upper_paths,
+        "upper-nar-size": contents.upper_size,
+        "shadowed-path-count": contents.shadowed_paths,
+        "shadowed-nar-size": contents.shadowed_size,
+        "lower-path-count": contents.lower_paths,
+        "lost-path-count": contents.lost_paths,
+        "lease-count": found.leases(),
     })
 }
 
@@ -73,6 +83,7 @@ fn properties_are_what_the_engine_says() {
         }
         setup.befall(Event::Fail(2, 1)).await;
         setup.store(2).await.start().await.expect_err("a step fails");
+        setup.befall(Event::Lose(0, true)).await;
         // One that goes, but cannot.
         setup.befall(Event::Use(1, true)).await;
         setup.befall(Event::Reload([served, NO, BY_HAND])).await;

@@ -45,6 +45,7 @@ impl Engine {
             Command::Job(command) => self.job_command(command),
             Command::RemoveData(name, reply) => self.remove_data(name, reply),
             Command::Sockets(asked, sockets) => self.sockets_seen(asked, &sockets),
+            Command::Found(name, report) => self.found(&name, *report),
             Command::Reload(reply) => {
                 self.reloading.ask(reply);
                 self.reload();

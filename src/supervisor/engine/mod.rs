@@ -4,6 +4,7 @@ mod ahead;
 mod begin;
 mod commands;
 mod configuration;
+mod contents;
 mod done;
 mod hold;
 mod jobs;
@@ -31,7 +32,11 @@ use layered_stores_model::{
 use layered_stores_overlay::refresh::Changes;
 use remove::Removing;
 use rustix::io::Errno;
-use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::Instant,
+};
 
 use super::{
     Error,
@@ -39,6 +44,7 @@ use super::{
     entry::{Entry, Reply, answer},
     handle::{Command, Event, Handle, Registry},
     jobs::Jobs,
+    leases::Stores,
     machine::{Host, Machine},
     plan::{Phase, Want},
     record::{Known, RecordError},
@@ -86,6 +92,8 @@ pub struct Engine {
     settling: bool,
     /// What was told last of how all stores are.
     told: String,
+    /// The stores that are up, for those who look into them.
+    up: watch::Sender<Stores>,
     /// The records of earlier runs, while they are being read.
     recalling: JoinSet<Result<Known, RecordError>>,
     /// Stores that may be mounted, of which nothing else is known.
@@ -155,6 +163,7 @@ impl Engine {
             reload_applied: Vec::new(),
             settling: true,
             told: String::new(),
+            up: watch::Sender::default(),
             recalling,
             unreadable: known.unreadable,
         };
@@ -173,6 +182,7 @@ impl Engine {
         }
         engine.reconcile();
         tokio::spawn(engine.machine.watch_sockets(sender.downgrade()));
+        tokio::spawn(engine.machine.attend(engine.up.subscribe(), sender.downgrade()));
         Ok((engine, Handle::new(sender, registry, stores)))
     }
 

@@ -65,6 +65,7 @@ impl Engine {
                 self.machine.keep_asked(name, asked);
             }
         }
+        self.tell_up();
         self.publish_all();
         self.check_settled();
     }

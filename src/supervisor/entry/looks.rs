@@ -77,6 +77,7 @@ impl Entry {
         }
         let is_other = self.whereabouts.lower_is_other(&self.spec.layers, table);
         if is_other && self.phase == Phase::Active {
+            self.round += 1;
             self.refreshes.owed.demand(Changes::unknown(), Rung::Probe, now);
         } else if is_other && self.retries.due().is_some() {
             self.try_again();

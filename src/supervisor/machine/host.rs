@@ -26,7 +26,7 @@ use layered_stores_overlay::{
 use rustix::io::Errno;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{Notify, mpsc::WeakSender},
+    sync::{Notify, mpsc::WeakSender, watch},
 };
 
 use super::{Begun, Guard, Later, Machine, Operated, Refreshed, Refreshing, SwappedOut};
@@ -34,6 +34,7 @@ use crate::{
     supervisor::{
         handle::Command,
         jobs::{Findings, Kind},
+        leases::{self, Stores},
         looks::{Look, Sight},
         mounts::MountMonitor,
         nix_daemon,
@@ -134,6 +135,10 @@ impl Machine for Host {
 
     fn changes_of(&self, name: &StoreName) -> Result<HashMap<StoreName, Changes>, Errno> {
         self.tools.watches.drain_for(name)
+    }
+
+    fn attend(&self, stores: watch::Receiver<Stores>, engine: WeakSender<Command>) -> Later<'static, ()> {
+        Box::pin(leases::keep(stores, self.tools.units.clone(), engine))
     }
 
     fn watch_sockets(&self, engine: WeakSender<Command>) -> Later<'static, ()> {

@@ -12,6 +12,7 @@ use layered_stores_model::{
     AbsolutePath, MountUnitName, StoreName, StoreSpec,
     config::{Config, ConfigError},
 };
+use layered_stores_nix_db::index::protocol::Contents;
 use layered_stores_overlay::{
     mountinfo::MountTable,
     place::MountId,
@@ -21,7 +22,10 @@ use layered_stores_overlay::{
     swap::OldSuperblock,
 };
 use rustix::io::Errno;
-use tokio::{sync::mpsc::WeakSender, time::Instant};
+use tokio::{
+    sync::{mpsc::WeakSender, watch},
+    time::Instant,
+};
 
 use super::{
     operations::{Doing, Old, Waits},
@@ -30,6 +34,7 @@ use super::{
 use crate::supervisor::{
     handle::Command,
     jobs::{Findings, Kind},
+    leases::{Report, Stores},
     looks::{Look, Sight},
     machine::{Begun, Guard, Later, Machine, Operated, Refreshed, Refreshing, SwappedOut},
     operation::{Held, Up},
@@ -50,6 +55,20 @@ impl Simulated {
         let doing = Doing { world: Arc::clone(&self.0), spec: Arc::clone(spec), waits: Arc::clone(&waits) };
         Begun { progress: waits, result: Box::pin(work(doing)) }
     }
+}
+
+/// What is found in every store: figures of which no two are the same.
+fn found(is_lost: bool) -> Report {
+    let contents = Contents {
+        upper_paths: 70,
+        upper_size: 7000,
+        shadowed_paths: 20,
+        shadowed_size: 2000,
+        lower_paths: 30,
+        lost_paths: if is_lost { 3 } else { 0 },
+        lost: Vec::new(),
+    };
+    Report { contents: Some(contents), leases: 50, unreadable: None, unleased: None }
 }
 
 impl Machine for Simulated {
@@ -82,6 +101,28 @@ impl Machine for Simulated {
     fn changes_of(&self, name: &StoreName) -> Result<HashMap<StoreName, Changes>, Errno> {
         let changes = std::mem::take(&mut self.0.lock().store(name).unread);
         Ok(if changes.is_empty() { HashMap::new() } else { HashMap::from([(name.clone(), changes)]) })
+    }
+
+    fn attend(&self, mut stores: watch::Receiver<Stores>, engine: WeakSender<Command>) -> Later<'static, ()> {
+        let world = Arc::clone(&self.0);
+        Box::pin(async move {
+            loop {
+                let up = Arc::clone(&stores.borrow_and_update());
+                for attended in &*up {
+                    tokio::time::sleep(world.pause()).await;
+                    let Some(engine) = engine.upgrade() else { return };
+                    let is_lost = world.lock().store(&attended.spec.name).lacks;
+                    let found = Command::Found(attended.spec.name.clone(), Box::new(found(is_lost)));
+                    if engine.send(found).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    changed = stores.changed() => if changed.is_err() { return },
+                    () = world.contents_changed.notified() => {}
+                }
+            }
+        })
     }
 
     fn watch_sockets(&self, engine: WeakSender<Command>) -> Later<'static, ()> {

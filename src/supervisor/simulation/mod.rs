@@ -86,6 +86,8 @@ pub(crate) enum Event {
     Use(usize, bool),
     Left(usize, usize),
     Full(usize, bool),
+    /// Files of valid paths of a store are nowhere, or there again.
+    Lose(usize, bool),
     /// Whether with another declaration a store would not come up.
     CannotChange(usize, bool),
     /// The filesystem of the configuration, or of the records, does not answer, or does again.
@@ -287,6 +289,10 @@ impl Play {
             Event::Use(of, is_used) => world.lock().store(&name(of)).in_use = is_used,
             Event::Left(of, left) => world.lock().store(&name(of)).left = left,
             Event::Full(of, is_full) => world.lock().store(&name(of)).full = is_full,
+            Event::Lose(of, is_lost) => {
+                world.lock().store(&name(of)).lacks = is_lost;
+                world.contents_changed.notify_one();
+            }
             Event::CannotChange(of, cannot) => world.lock().store(&name(of)).cannot_change = cannot,
             Event::HangConfiguration(hangs) => world.lock().configuration_hangs = hangs,
             Event::HangRecords(hangs) => world.lock().records_hang = hangs,

@@ -46,6 +46,7 @@ pub(crate) fn events() -> impl Strategy<Value = Event> {
         2 => (of(), any::<bool>()).prop_map(|(of, is_used)| Event::Use(of, is_used)),
         1 => (of(), prop_oneof![Just(0_usize), Just(40)]).prop_map(|(of, left)| Event::Left(of, left)),
         1 => (of(), any::<bool>()).prop_map(|(of, is_full)| Event::Full(of, is_full)),
+        1 => (of(), any::<bool>()).prop_map(|(of, is_lost)| Event::Lose(of, is_lost)),
         2 => (of(), any::<bool>()).prop_map(|(of, cannot)| Event::CannotChange(of, cannot)),
         1 => of().prop_map(Event::SocketFails),
         1 => any::<bool>().prop_map(Event::Mistake),

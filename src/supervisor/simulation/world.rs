@@ -71,6 +71,8 @@ pub(super) struct Store {
     pub(super) left: usize,
     /// Its upper layer takes no writes.
     pub(super) full: bool,
+    /// Whether files of valid paths of it are nowhere.
+    pub(super) lacks: bool,
     /// What the next daemon is told that somebody has asked for.
     pub(super) asked: Option<bool>,
     /// What is being done about it that nothing else may be done beside.
@@ -117,6 +119,7 @@ pub(super) struct World {
     pub(super) mounts_changed: Notify,
     pub(super) layers_changed: Notify,
     pub(super) sockets_changed: Notify,
+    pub(super) contents_changed: Notify,
     /// What hung may go on.
     pub(super) goes_on: Notify,
 }
@@ -144,6 +147,7 @@ impl World {
             mounts_changed: Notify::new(),
             layers_changed: Notify::new(),
             sockets_changed: Notify::new(),
+            contents_changed: Notify::new(),
             goes_on: Notify::new(),
         })
     }

@@ -22,6 +22,8 @@ const MANY: usize = 2000;
 /// How long the files of a valid path have to be nowhere until it counts as lost: what is moved is nowhere for a moment.
 const MOMENT: Duration = Duration::from_millis(500);
 
+const OPEN: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
 /// One path that is valid.
 #[derive(Debug)]
 struct Held {
@@ -55,6 +57,7 @@ pub(super) struct Catalog {
     contents: Contents,
     /// Why it was not seen where files are, if it was not.
     blind: Option<String>,
+    is_absent: bool,
 }
 
 #[derive(Debug)]
@@ -99,6 +102,7 @@ impl Catalog {
             last: i64::MIN,
             contents: Contents::default(),
             blind: None,
+            is_absent: false,
         }
     }
 
@@ -108,6 +112,11 @@ impl Catalog {
 
     pub(super) fn contents(&self) -> &Contents {
         &self.contents
+    }
+
+    /// Whether there is no database.
+    pub(super) fn is_absent(&self) -> bool {
+        self.is_absent
     }
 
     /// Whether something has to be looked at again in a moment.
@@ -128,9 +137,13 @@ impl Catalog {
         self.see(&again, &mut delta);
         let read = self.read(&mut delta);
         self.reckon();
+        self.is_absent = matches!(read, Err(DatabaseError::Absent(_)));
         if let Err(error) = read.and_then(|()| self.name_lost()) {
             self.close();
-            return (delta, Some(Failure::from(&error)));
+            // Nix makes it when it uses the store for the first time.
+            let is_unused = self.is_absent && self.rows.is_empty() && !has_objects(&self.places.upper);
+            let failure = Failure { absent: self.is_absent, message: error.to_string() };
+            return (delta, (!is_unused).then_some(failure));
         }
         let blind = self.blind.clone();
         (delta, blind.map(|message| Failure { absent: false, message }))
@@ -284,10 +297,12 @@ fn rows(snapshot: &Snapshot<'_>, after: i64) -> Result<Vec<New>, DatabaseError> 
     Ok(new)
 }
 
-impl From<&DatabaseError> for Failure {
-    fn from(error: &DatabaseError) -> Self {
-        Self { absent: matches!(error, DatabaseError::Absent(_)), message: error.to_string() }
-    }
+/// Whether there are store objects in a directory.
+fn has_objects(dir: &Path) -> bool {
+    let Ok(dir) = rustix::fs::open(dir, OPEN, Mode::empty()) else { return false };
+    let is_object =
+        |entry: rustix::fs::DirEntry| entry.file_name().to_str().is_ok_and(|name| name.parse::<ObjectName>().is_ok());
+    Dir::read_from(&dir).is_ok_and(|entries| entries.flatten().any(is_object))
 }
 
 /// Whether a name is in a directory of objects.
@@ -349,8 +364,7 @@ impl<'d> Directory<'d> {
 
 impl Content {
     fn of(path: &Path, names: usize) -> Result<Self, Errno> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(path, flags, Mode::empty())?;
+        let dir = rustix::fs::open(path, OPEN, Mode::empty())?;
         if names < MANY {
             return Ok(Self::Asked(dir));
         }

@@ -337,10 +337,12 @@ impl Index {
         if catalog.is_unsure() {
             store.by(now + UNSURE);
         }
-        if let Some(failure) = &failure {
-            // Its directories may be there by then that are not now.
-            store.is_watched &= !failure.absent;
-            store.by(now + if failure.absent { ABSENT } else { FAILED });
+        if catalog.is_absent() {
+            // Its directory may be there by then that is not now.
+            store.is_watched = false;
+            store.by(now + ABSENT);
+        } else if failure.is_some() {
+            store.by(now + FAILED);
         }
         let contents = catalog.contents().clone();
         store.catalog = Some(catalog);

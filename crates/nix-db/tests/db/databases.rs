@@ -194,6 +194,8 @@ fn what_is_there_instead_of_a_database_is_named() {
     fs::remove_file(path.join("db.sqlite")).expect("removed");
 
     fs::write(path.join("db.sqlite"), "").expect("written");
+    assert!(matches!(refused(), DatabaseError::Absent(_)), "Nix is making it: {:?}", refused());
+    fs::write(path.join("schema"), "10").expect("written");
     assert!(refused().to_string().contains("no table ValidPaths"), "{}", refused());
     fs::write(path.join("db.sqlite"), "x".repeat(10_000)).expect("written");
     assert!(matches!(refused(), DatabaseError::Damaged { .. }), "{:?}", refused());

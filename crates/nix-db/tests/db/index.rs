@@ -252,7 +252,10 @@ fn a_database_that_cannot_be_read_is_said_and_what_was_told_stays() {
     let store = Store::new();
     store.has("lower", 1..=3);
     let mut daemon = Daemon::watching(&store);
-    assert!(daemon.state().1.expect("said").absent, "Nix has not used it yet");
+    assert_eq!(daemon.state().1, None, "Nix has not used it yet");
+    store.has("upper", 4..=4);
+    assert!(daemon.state().1.expect("said").absent, "whatever it was is not known any more");
+    store.loses("upper", 4);
     let mut nix = store.nix();
     nix.registers(1..=2);
     daemon.until(|contents, failure| failure.is_none() && contents.lower_paths == 2);
@@ -261,6 +264,7 @@ fn a_database_that_cannot_be_read_is_said_and_what_was_told_stays() {
     fs::rename(&db, store.path("state/kept")).expect("renamed");
     daemon.until(|_, failure| failure.is_some_and(|failure| failure.absent));
     fs::create_dir(&db).expect("made");
+    fs::write(db.join("schema"), "10").expect("written");
     fs::write(db.join("db.sqlite"), "no database at all, and long enough for the header of one".repeat(100))
         .expect("written");
     daemon.until(|_, failure| failure.is_some_and(|failure| failure.message.contains("damaged")));

@@ -83,7 +83,7 @@ pub(super) fn refuse_lower_of_others(
     build_users: &BuildUsers<'_>,
 ) -> Result<(), LayersError> {
     // A layered store is looked at by itself.
-    let LowerStore::Nix { state_dir, .. } = &spec.lower_store else { return Ok(()) };
+    let LowerStore::Nix { state_dir, has_daemon, .. } = &spec.lower_store else { return Ok(()) };
     let refuse = |dir: &AbsolutePath, Changeable { at, uid, mode }| {
         Err(LayersError::LowerForOthers { dir: dir.clone(), at, uid, mode })
     };
@@ -95,10 +95,12 @@ pub(super) fn refuse_lower_of_others(
         let mode = mode.as_raw_mode() & 0o7777;
         return refuse(lower, Changeable { at: lower.to_string(), uid: stat.stx_uid, mode });
     }
-    let Some(dir) = state_dir else { return Ok(()) };
-    match changeable(walk, dir)? {
+    if *has_daemon {
+        return Ok(());
+    }
+    match changeable(walk, state_dir)? {
         None => Ok(()),
-        Some(changeable) => refuse(dir, changeable),
+        Some(changeable) => refuse(state_dir, changeable),
     }
 }
 

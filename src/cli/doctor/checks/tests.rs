@@ -49,6 +49,14 @@ fn store(name: &str) -> Properties {
         last_refresh: String::new(),
         refresh_count: 0,
         swap_count: 0,
+        contents_known: false,
+        upper_path_count: 0,
+        upper_nar_size: 0,
+        shadowed_path_count: 0,
+        shadowed_nar_size: 0,
+        lower_path_count: 0,
+        lost_path_count: 0,
+        lease_count: 0,
     }
 }
 
