@@ -67,6 +67,14 @@ let
       mode = nullOr mode;
       autostart = flag;
       required = flag;
+      leases = {
+        type = types.enum [
+          "used"
+          "all"
+          "none"
+        ];
+        default = "used";
+      };
       mount-options = {
         type = types.listOf (
           types.enum [

@@ -65,6 +65,11 @@ def build(store: str, name: str, uses: str) -> str:
     return machine.succeed(f"{command} --store {store}").strip()
 
 
+def script(name: str, text: str) -> None:
+    """A shell script that everybody can run."""
+    machine.succeed(f"printf %s {shlex.quote(text)} > /tmp/{name}; chmod 644 /tmp/{name}")
+
+
 def roots(name: str) -> set[str]:
     return set(machine.succeed(f"ls {ROOTS}/{name} 2>/dev/null || true").split())
 
@@ -136,28 +141,97 @@ with subtest("What is first used while garbage is collected is not lost"):
         "systemd-run --quiet --unit=collector -E PATH bash -c "
         + shlex.quote(f"while :; do {COLLECT} || exit 1; sleep 0.1; done")
     )
-    fresh = """
-        set -eu; cd /tmp/$1; lost=0
-        for i in $(seq 30); do
-            echo $1-$i > fresh-$1-$i
-            path=$(nix-store --store $2 --add fresh-$1-$i)
-            # It may be gone before anybody has used it.
-            nix path-info --store "$(layered-stores uri $1)" $path >/dev/null 2>&1 || continue
-            echo $path >> used
-        done
+    # Each adds a path to the lower store that nobody keeps there, and builds something that refers to
+    # it. The path may be gone before anybody has used it.
+    script(
+        "fresh",
         """
-    machine.succeed("cat > /tmp/fresh.sh << 'EOF'\n" + fresh + "EOF")
-    for store in ("ci", "over", "own"):
-        # Only root adds to the lower store.
+        set -eu; cd /tmp/$1
+        for i in $(seq 40); do
+            echo $1-$i > fresh-$1-$i
+            path=$(nix-store --store /srv/base --add fresh-$1-$i)
+            made=$(runuser -u $2 -- bash /tmp/make $1 $path fresh-$i 2>>failed) || continue
+            echo $path $made >> made
+        done
+        """,
+    )
+    script(
+        "make",
+        """
+        uri=$(layered-stores uri $1)
+        nix build --store "$uri" --impure --no-link --print-out-paths --expr "derivation {
+            name = \\"$3\\"; system = builtins.currentSystem; builder = \\"/bin/sh\\";
+            args = [ \\"-c\\" \\"read -r line < $2; echo $2 > \\$out\\" ];
+            dependency = builtins.storePath $2; }"
+        """.replace("\\\\", "\\"),
+    )
+    users = {"ci": "root", "over": "root", "own": "alice"}
+    for store, user in users.items():
         machine.succeed(
-            f"systemd-run --quiet --unit=uses-{store} -E PATH bash /tmp/fresh.sh {store} {BASE}"
+            f"systemd-run --quiet --unit=uses-{store} -E PATH bash /tmp/fresh {store} {user}"
         )
-    machine.wait_until_fails("systemctl is-active uses-ci uses-over uses-own", timeout=200)
-    machine.succeed("systemctl stop collector", "cat /tmp/*/used | wc -l")
+    machine.wait_until_fails("systemctl is-active uses-ci uses-over uses-own", timeout=300)
+    machine.fail("systemctl is-failed uses-ci uses-over uses-own")
+    machine.succeed("systemctl stop collector")
+    for store in users:
+        machine.log(
+            machine.succeed(
+                f"cat /tmp/{store}/failed | grep error: | sort | uniq -c | tail -20 || true"
+            )
+        )
+        made = machine.succeed(f"cat /tmp/{store}/made").split()
+        machine.log(f"{store}: {len(made) // 2} of 40 were built")
+        assert len(made) > 40, made
+        gone = machine.succeed(
+            f"for path in {' '.join(made)}; do [ -e /srv/{store}/root$path ] || echo $path; done"
+        )
+        t.assertEqual(gone, "", "used and lost")
+    # What was asked about when it was about to go, and is needed by nothing that was built.
     for store in ("ci", "over"):
-        for path in machine.succeed(f"cat /tmp/{store}/used").split():
-            machine.succeed(f"test -e /srv/{store}/root{path}")
+        machine.succeed(f"nix-store --store {uri(store)} --gc")
+        machine.succeed(f"nix-store --store {uri(store)} --verify")
+        until_problems(store)
+
+with subtest(
+    "Whatever ends the daemon or the index, what is used stays kept and a collector is not held"
+):
+    used = add(BASE, "kept", "something that is kept")
+    build(uri("ci"), "keeps", used)
+    retry(lambda _last: base(used) in roots("ci"), 30)
+    machine.succeed("systemctl kill --signal=KILL layered-storesd", COLLECT)
+    machine.wait_until_succeeds("layered-stores status ci >/dev/null || test $? = 3")
+    machine.succeed("systemctl kill --signal=KILL 'layered-stores-index@*.service'", COLLECT)
+    machine.succeed(f"test -e {BASE}{used}")
+    # The next index tells all anew, and what came meanwhile.
+    used = add(BASE, "later", "something that is used later")
+    build(uri("ci"), "later", used)
+    retry(lambda _last: base(used) in roots("ci"), 60)
+    machine.succeed("systemctl stop layered-storesd", COLLECT, "systemctl start layered-storesd")
+    machine.succeed(COLLECT, f"test -e {BASE}{used}")
+
+with subtest("What is declared decides what is kept"):
+    unused = add(BASE, "unused", "something that nobody uses")
+    declare = "sed -i '/^leases/d; s/^\\[stores.ci\\]/&\\nleases = \"{}\"/' /etc/layered-stores/config.toml; layered-stores reload"
+    machine.succeed(declare.format("all"))
+    retry(lambda _last: {base(unused), base(used)} <= roots("ci"), 30)
+    machine.succeed(COLLECT, f"test -e {BASE}{unused}")
+    machine.succeed(declare.format("used"))
+    retry(lambda _last: base(unused) not in roots("ci"), 30)
+    machine.succeed(COLLECT, f"test -e {BASE}{used} && ! test -e {BASE}{unused}")
+    machine.succeed(declare.format("none"))
+    retry(lambda _last: roots("ci") == set(), 30)
+    machine.succeed(declare.format("used"))
+    retry(lambda _last: base(used) in roots("ci"), 30)
+
+with subtest("Where nothing can be kept it is said once"):
+    machine.succeed(f"mount --bind {BASE}/nix/var/nix/gcroots {BASE}/nix/var/nix/gcroots")
+    machine.succeed(f"mount -o remount,bind,ro {BASE}/nix/var/nix/gcroots")
+    used = add(BASE, "unkept", "something that is not kept")
+    build(uri("ci"), "unkept", used)
+    assert "Read-only file system" in until_problems("ci", "unleased"), "it is not said"
+    machine.succeed(f"umount {BASE}/nix/var/nix/gcroots")
     until_problems("ci")
+    assert base(used) in roots("ci")
 
 with subtest("A database that cannot be read is said, and what was used stays kept"):
     machine.succeed("mv /srv/ci/root/nix/var/nix/db /srv/ci/db.away")
@@ -165,3 +239,9 @@ with subtest("A database that cannot be read is said, and what was used stays ke
     t.assertEqual(roots("ci"), {base(used)})
     machine.succeed("mv /srv/ci/db.away /srv/ci/root/nix/var/nix/db")
     until_problems("ci")
+
+with subtest("With what is in a store goes what is kept for it"):
+    machine.succeed(
+        "layered-stores stop over; layered-stores stop own; layered-stores remove-data --yes own"
+    )
+    t.assertEqual(roots("own"), set())

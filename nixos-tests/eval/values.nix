@@ -35,6 +35,7 @@ let
     mode = "0755";
     autostart = false;
     required = false;
+    leases = "all";
     mountOptions = [ "noatime" ];
     daemon = {
       enable = true;

@@ -34,6 +34,7 @@ use rustix::io::Errno;
 use self::directories::{among_what_is_there, with_what_is_there};
 use super::{
     jobs::{Finding, Findings, Kind},
+    leases,
     looks::{Look, Sight},
     machine::{Guard, Refreshing, SwappedOut},
     nix_daemon,
@@ -422,7 +423,13 @@ pub(super) async fn remove(
             let name = &spec.name;
             tracing::warn!(store = %name, "{name}: the database in {left} belongs to another upper layer, and is left there");
         }
-        Ok(own.as_ref().map_or(Ok(()), remove::rest)?)
+        own.as_ref().map_or(Ok(()), remove::rest)?;
+        // Last: what is still there needs it. And where it cannot be, nothing but space is lost.
+        if let Err(error) = leases::give_up(&spec) {
+            let name = &spec.name;
+            tracing::warn!(store = %name, "{name}: what was kept for it in {} stays: {error}", spec.lower_state_dir());
+        }
+        Ok(())
     };
     errand.run_long(remove).await
 }

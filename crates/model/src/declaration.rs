@@ -5,7 +5,7 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AbsolutePath, Ephemeral, LowerStore, MountOption, NixDaemon, Ownership, Source, StoreName,
+    AbsolutePath, Ephemeral, Leases, LowerStore, MountOption, NixDaemon, Ownership, Source, StoreName,
     config::{Key, fields::Fields},
 };
 
@@ -43,6 +43,9 @@ pub struct Terms {
     pub required: bool,
     /// Whether the daemon starts this store by itself.
     pub autostart: bool,
+    /// What is kept for it in the lower store.
+    #[serde(default)]
+    pub leases: Leases,
     /// The filesystem in memory that everything of it is on, if it is to be gone with the next boot.
     #[serde(default)]
     pub ephemeral: Option<Ephemeral>,
@@ -150,6 +153,19 @@ impl Declaration {
             section: "",
         },
         Key {
+            name: "leases",
+            options: &["leases"],
+            kind: "`\"used\"`, `\"all\"`, `\"none\"`",
+            default: "`\"used\"`",
+            example: "\"all\"",
+            description: "What is kept in the lower store, whoever collects garbage there: the paths that this store refers to, all \
+                          that is valid there, or nothing.\n\
+                          \n\
+                          What is kept has a root in `gcroots/layered-stores` of the lower store's state directory, and turns are \
+                          taken with its garbage collector. `\"none\"` is for a lower store in which nobody ever collects garbage.",
+            section: "#what-is-kept-in-the-lower-store",
+        },
+        Key {
             name: "mount-options",
             options: &["mountOptions"],
             kind: "list of `noatime`, `nodiratime`, `relatime`, `strictatime`, `noexec`",
@@ -193,6 +209,7 @@ impl Declaration {
         let ownership = fields.ownership();
         let required = fields.flag("required");
         let autostart = fields.flag("autostart");
+        let leases = fields.leases();
         let mount_options = fields.list("mount-options", |text| text.parse::<MountOption>().map_err(|e| e.to_string()));
         let ephemeral = fields.ephemeral();
         let daemon = fields.daemon();
@@ -204,6 +221,7 @@ impl Declaration {
             ownership,
             required,
             autostart,
+            leases,
             ephemeral,
             daemon,
         };

@@ -24,6 +24,7 @@ mod declaration;
 mod ephemeral;
 #[cfg(any(test, feature = "test-util"))]
 pub mod fixture;
+mod leases;
 mod lower;
 mod mount_option;
 mod name;
@@ -38,6 +39,7 @@ mod unit_name;
 
 pub use declaration::{Declaration, Terms};
 pub use ephemeral::{Ephemeral, EphemeralSize, NoSize};
+pub use leases::{Leases, LeasesError};
 pub use lower::{LowerStore, LowerStoreError};
 pub use mount_option::{MountOption, UnknownMountOption};
 pub use name::{NameError, StoreName};

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{AbsolutePath, NIX_STORE_DIR, NameError, PathError, StoreName, unprintable};
 
 /// Where Nix's state directory is below a store's root.
-const NIX_STATE_DIR: &str = "/nix/var/nix";
+pub(crate) const NIX_STATE_DIR: &str = "/nix/var/nix";
 
 /// The prefix that refers to another store of the same configuration.
 const LAYERED: &str = "layered:";

@@ -5,7 +5,10 @@ use std::{fmt, ops::Deref};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 
-use super::{AbsolutePath, LowerStore, MountOption, MountUnitName, NixDaemon, StoreName, Terms};
+use super::{
+    AbsolutePath, LowerStore, MountOption, MountUnitName, NIX_STORE_DIR, NixDaemon, StoreName, Terms,
+    lower::NIX_STATE_DIR,
+};
 
 /// What stays as it is in a parameter of a Nix store URL: RFC 3986's unreserved characters and the slash.
 const URL_PARAMETER: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
@@ -117,6 +120,19 @@ impl StoreSpec {
         match &self.lower_store {
             LowerStore::Layered(name) => Some(name),
             LowerStore::Nix { .. } => None,
+        }
+    }
+
+    /// The state directory of the store underneath.
+    pub fn lower_state_dir(&self) -> AbsolutePath {
+        let of_layered = || {
+            let root = self.layers.lower.as_str().strip_suffix(NIX_STORE_DIR)?;
+            format!("{root}{NIX_STATE_DIR}").parse().ok()
+        };
+        match &self.lower_store {
+            LowerStore::Nix { state_dir, .. } => state_dir.clone(),
+            // Its real store dir is `<root>/nix/store`.
+            LowerStore::Layered(_) => of_layered().unwrap_or_else(|| self.state_dir.clone()),
         }
     }
 

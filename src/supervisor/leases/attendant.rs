@@ -2,14 +2,15 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
-use layered_stores_model::{StoreName, StoreSpec};
+use layered_stores_model::{Leases, StoreSpec};
 use layered_stores_nix_db::{
     ObjectName,
-    index::protocol::{Answer, Places},
+    index::protocol::{Answer, Objects, Places},
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -19,7 +20,7 @@ use tokio::{
 use super::{
     Attended, Report, Tell,
     index::{Indexes, Told, Watching},
-    lower::{LeaseError, Lower},
+    lower::Lower,
 };
 
 /// How often it is told what is in a store that is changing.
@@ -29,20 +30,22 @@ const TELL: Duration = Duration::from_secs(1);
 const WRITE: Duration = Duration::from_secs(2);
 
 /// How soon it is tried again to keep what could not be kept.
-const AGAIN: Duration = Duration::from_secs(30);
+const AGAIN: Duration = Duration::from_secs(10);
 
 /// What is known of a store, and what is kept for it.
 pub(super) struct Attendant {
-    name: StoreName,
-    lower: Option<Arc<Lower>>,
+    spec: Arc<StoreSpec>,
+    lower: Arc<Lower>,
     watching: Watching,
+    /// The lower store's database, where all that is valid there is kept.
+    valid: Option<Watching>,
     syncs: mpsc::Receiver<oneshot::Sender<()>>,
     /// Those who wait for an answer with a number.
     waiting: HashMap<u64, oneshot::Sender<()>>,
     next: u64,
-    /// All that is used, while all of it is being told.
+    /// All that is to be kept, while all of it is being told.
     all: Option<HashSet<ObjectName>>,
-    /// What is used and could not be kept.
+    /// What is to be kept and could not be.
     owed: HashSet<ObjectName>,
     report: Report,
     tell: Tell,
@@ -54,18 +57,19 @@ pub(super) struct Attendant {
 }
 
 impl Attendant {
-    /// For a store that lies on `lower`, if anything is to be kept there.
+    /// For a store that lies on `lower`.
     pub(super) fn new(
         attended: &Attended,
-        lower: Option<Arc<Lower>>,
+        lower: Arc<Lower>,
         indexes: &Indexes,
         syncs: mpsc::Receiver<oneshot::Sender<()>>,
         tell: Tell,
     ) -> Self {
         Self {
-            name: attended.spec.name.clone(),
+            spec: Arc::clone(&attended.spec),
             lower,
             watching: indexes.watch(attended.uid, places(&attended.spec, &attended.beneath)),
+            valid: None,
             syncs,
             waiting: HashMap::new(),
             next: 0,
@@ -81,12 +85,26 @@ impl Attendant {
     }
 
     /// Goes on until nobody wants it any more.
-    pub(super) async fn attend(mut self) {
+    pub(super) async fn attend(mut self, indexes: Indexes) {
+        match self.spec.leases {
+            Leases::Used => {}
+            Leases::All => {
+                let db = self.lower.state_dir.as_path().join("db");
+                let uid = owner_of(db.join("db.sqlite")).await;
+                self.valid = Some(indexes.watch(uid, Places { db, objects: None }));
+            }
+            // What was kept before.
+            Leases::None => self.keep_only(HashSet::new()).await,
+        }
         loop {
             let due = [self.tell_at(), self.write_at, self.again_at].into_iter().flatten().min();
             tokio::select! {
                 told = self.watching.next() => match told {
                     Some(told) => self.hears(told).await,
+                    None => return,
+                },
+                told = next_of(&mut self.valid) => match told {
+                    Some(told) => self.hears_of_lower(told).await,
                     None => return,
                 },
                 Some(done) = self.syncs.recv() => {
@@ -107,7 +125,7 @@ impl Attendant {
         let now = Instant::now();
         if self.tell_at().is_some_and(|at| at <= now) {
             (self.is_told, self.tell_from) = (true, now + TELL);
-            (self.tell)(&self.name, self.report.clone()).await;
+            (self.tell)(&self.spec.name, self.report.clone()).await;
         }
         if self.again_at.is_some_and(|at| at <= now) {
             self.again_at = None;
@@ -115,43 +133,27 @@ impl Attendant {
         }
         if self.write_at.is_some_and(|at| at <= now) {
             self.write_at = None;
-            if let Some(lower) = self.lower.clone()
-                && let Err(error) = lower.sync(&self.name).await
-            {
-                self.cannot_keep(&error);
+            if let Err(error) = self.lower.sync(&self.spec.name).await {
+                self.cannot_keep(error.to_string());
             }
         }
     }
 
+    /// Hears of the store itself.
     async fn hears(&mut self, told: Told) {
         let before = self.report.clone();
+        if self.spec.leases == Leases::Used {
+            self.keep_what_is_told(&told).await;
+        }
         match told {
-            Told::Begun => self.all = Some(HashSet::new()),
+            Told::Begun | Told::Answer(Answer::Used { .. }) => {}
             Told::Unreachable(why) => {
                 self.report.unreadable = Some(why);
                 self.waiting.clear();
             }
-            Told::Answer(Answer::Used { added, removed, .. }) => {
-                if let Some(all) = &mut self.all {
-                    all.extend(added.iter().cloned());
-                    for name in &removed {
-                        all.remove(name);
-                    }
-                }
-                self.keep(added).await;
-                if self.all.is_none() {
-                    self.keep_no_longer(removed).await;
-                }
-            }
             Told::Answer(Answer::State { contents, failure, synced, .. }) => {
                 self.report.unreadable = failure.map(|failure| failure.message);
                 self.report.contents = Some(contents);
-                // What cannot be read now is used as it was.
-                if self.report.unreadable.is_none()
-                    && let Some(all) = self.all.take()
-                {
-                    self.keep_only(all).await;
-                }
                 for token in synced {
                     if let Some(done) = self.waiting.remove(&token) {
                         let _ = done.send(());
@@ -162,12 +164,53 @@ impl Attendant {
         self.is_told &= self.report == before;
     }
 
+    /// Hears of the store underneath, all of which is kept.
+    async fn hears_of_lower(&mut self, told: Told) {
+        let before = self.report.clone();
+        self.keep_what_is_told(&told).await;
+        match told {
+            Told::Unreachable(why) => self.report.unleased = Some(why),
+            Told::Answer(Answer::State { failure: Some(failure), .. }) => self.report.unleased = Some(failure.message),
+            Told::Answer(Answer::State { .. }) if self.owed.is_empty() => self.report.unleased = None,
+            _ => {}
+        }
+        self.is_told &= self.report == before;
+    }
+
+    /// Keeps what is said to be used, and nothing else once all of it was said.
+    async fn keep_what_is_told(&mut self, told: &Told) {
+        match told {
+            Told::Begun => self.all = Some(HashSet::new()),
+            Told::Answer(Answer::Used { added, removed, .. }) => {
+                match &mut self.all {
+                    Some(all) => {
+                        all.extend(added.iter().cloned());
+                        for name in removed {
+                            all.remove(name);
+                        }
+                    }
+                    None => self.keep_no_longer(removed.clone()).await,
+                }
+                self.keep(added.clone()).await;
+            }
+            // What cannot be read now is used as it was.
+            Told::Answer(Answer::State { failure: None, .. }) => {
+                if let Some(all) = self.all.take() {
+                    self.keep_only(all).await;
+                }
+            }
+            Told::Answer(Answer::State { .. }) | Told::Unreachable(_) => {}
+        }
+    }
+
     /// Keeps what is used in the lower store.
     async fn keep(&mut self, mut names: Vec<ObjectName>) {
         names.extend(self.owed.drain());
-        let Some(lower) = self.lower.clone().filter(|_| !names.is_empty()) else { return };
+        if names.is_empty() {
+            return;
+        }
         let names: Arc<[ObjectName]> = names.into();
-        match lower.add(&self.name, Arc::clone(&names)).await {
+        match self.lower.add(&self.spec.name, Arc::clone(&names)).await {
             Ok(count) => {
                 self.report.leases += count;
                 self.report.unleased = None;
@@ -175,7 +218,7 @@ impl Attendant {
             }
             Err(error) => {
                 self.owed.extend(names.iter().cloned());
-                self.cannot_keep(&error);
+                self.cannot_keep(error.to_string());
             }
         }
     }
@@ -184,29 +227,33 @@ impl Attendant {
         for name in &names {
             self.owed.remove(name);
         }
-        let Some(lower) = self.lower.clone().filter(|_| !names.is_empty()) else { return };
-        match lower.remove(&self.name, names).await {
+        if names.is_empty() {
+            return;
+        }
+        match self.lower.remove(&self.spec.name, names).await {
             Ok(count) => {
                 self.report.leases = self.report.leases.saturating_sub(count);
                 self.will_write();
             }
-            Err(error) => self.cannot_keep(&error),
+            Err(error) => self.cannot_keep(error.to_string()),
         }
     }
 
     async fn keep_only(&mut self, names: HashSet<ObjectName>) {
-        let Some(lower) = self.lower.clone() else { return };
         // A store that uses nothing needs no directory there.
         let kept = match names.is_empty() {
-            true => lower.drop_all(&self.name).await.map(|_| 0),
-            false => lower.keep_only(&self.name, names).await,
+            true => self.lower.drop_all(&self.spec.name).await.map(|_| 0),
+            false => self.lower.keep_only(&self.spec.name, names).await,
         };
         match kept {
+            Ok(0) => self.report.leases = 0,
             Ok(count) => {
                 self.report.leases = count;
                 self.will_write();
             }
-            Err(error) => self.cannot_keep(&error),
+            // Nothing is lost by what is kept in vain.
+            Err(_) if self.spec.leases == Leases::None => {}
+            Err(error) => self.cannot_keep(error.to_string()),
         }
     }
 
@@ -214,11 +261,23 @@ impl Attendant {
         self.write_at.get_or_insert_with(|| Instant::now() + WRITE);
     }
 
-    fn cannot_keep(&mut self, error: &LeaseError) {
-        let why = error.to_string();
+    fn cannot_keep(&mut self, why: String) {
         self.is_told &= self.report.unleased.as_ref() == Some(&why);
         self.report.unleased = Some(why);
         self.again_at = Some(Instant::now() + AGAIN);
+    }
+}
+
+/// Whom a file belongs to; root if nobody knows.
+async fn owner_of(path: PathBuf) -> u32 {
+    let look = tokio::task::spawn_blocking(move || rustix::fs::lstat(&path).map(|stat| stat.st_uid));
+    look.await.map_or(0, |uid| uid.unwrap_or(0))
+}
+
+async fn next_of(watching: &mut Option<Watching>) -> Option<Told> {
+    match watching {
+        Some(watching) => watching.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -227,7 +286,8 @@ fn places(spec: &StoreSpec, beneath: &[Arc<StoreSpec>]) -> Places {
     let lowest = &beneath.last().map_or(spec, |last| last).layers.lower;
     let uppers = beneath.iter().map(|spec| &spec.layers.upper);
     let lowers = uppers.chain([lowest]).map(|dir| dir.as_path().to_owned()).collect();
-    Places { db: spec.state_dir.as_path().join("db"), upper: spec.layers.upper.as_path().to_owned(), lowers }
+    let objects = Objects { upper: spec.layers.upper.as_path().to_owned(), lowers };
+    Places { db: spec.state_dir.as_path().join("db"), objects: Some(objects) }
 }
 
 async fn sleep_until(at: Option<Instant>) {

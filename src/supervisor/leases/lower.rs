@@ -46,7 +46,7 @@ impl Turn {
 
 /// Roots in a lower store cannot be had.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum LeaseError {
+pub(in crate::supervisor) enum LeaseError {
     #[error(transparent)]
     Lower(#[from] LayersError),
     #[error(transparent)]

@@ -19,9 +19,12 @@ use std::{
 
 use attendant::Attendant;
 use index::Indexes;
-use layered_stores_model::{AbsolutePath, LowerStore, StoreName, StoreSpec};
-use layered_stores_nix_db::index::protocol::{Contents, EXAMPLES, Lost};
-use lower::Lower;
+use layered_stores_model::{AbsolutePath, Leases, StoreName, StoreSpec};
+use layered_stores_nix_db::{
+    index::protocol::{Contents, EXAMPLES, Lost},
+    roots::Roots,
+};
+use lower::{LeaseError, Lower};
 use tokio::{
     sync::{mpsc, watch},
     task::AbortHandle,
@@ -96,8 +99,8 @@ impl Report {
             count => format!("{count} valid paths are"),
         };
         Some(format!(
-            "{count} neither in the upper layer nor in the lower store: {named}{and_more}; copy what is missing into the lower \
-             store again, or run `nix-store --verify --repair --store \"$(layered-stores uri {name})\"`"
+            "{count} neither in the upper layer nor in the lower store: {named}{and_more}; copy what is needed into the lower store \
+             again; a garbage collection in store {name} forgets the rest"
         ))
     }
 }
@@ -154,27 +157,32 @@ pub(super) async fn keep(mut stores: watch::Receiver<Stores>, units: Units, engi
 
 fn begin(attended: &Attended, lowers: &Lowers, indexes: &Indexes, tell: Tell) -> Attendance {
     let spec = &attended.spec;
-    let chain = std::iter::once(spec).chain(&attended.beneath);
-    let lowers: Vec<_> = chain.map(|spec| lowers.of(&state_dir_underneath(spec, &attended.beneath))).collect();
+    let lower = Arc::new(Lower::new(spec.lower_state_dir()));
     let (sync, syncs) = mpsc::channel(1);
-    for lower in &lowers {
+    let shared: Vec<_> = match spec.leases {
+        // With nobody's collector are turns taken for it.
+        Leases::None => Vec::new(),
+        Leases::Used | Leases::All => {
+            let chain = std::iter::once(spec).chain(&attended.beneath);
+            chain.map(|spec| lowers.of(&spec.lower_state_dir())).collect()
+        }
+    };
+    for lower in &shared {
         let member = Member { spec: Arc::clone(spec), sync: sync.clone() };
         lower.members().insert(spec.name.clone(), member);
     }
-    let attendant = Attendant::new(attended, lowers.first().cloned(), indexes, syncs, tell);
-    let task = tokio::spawn(attendant.attend()).abort_handle();
-    Attendance { attended: attended.clone(), lowers, task }
+    let lower = shared.first().cloned().unwrap_or(lower);
+    let attendant = Attendant::new(attended, lower, indexes, syncs, tell);
+    let task = tokio::spawn(attendant.attend(indexes.clone())).abort_handle();
+    Attendance { attended: attended.clone(), lowers: shared, task }
 }
 
-/// The state directory of the store that a store lies on.
-fn state_dir_underneath(spec: &StoreSpec, beneath: &[Arc<StoreSpec>]) -> AbsolutePath {
-    match &spec.lower_store {
-        LowerStore::Nix { state_dir, .. } => state_dir.clone(),
-        LowerStore::Layered(name) => {
-            let below = beneath.iter().find(|below| below.name == *name);
-            below.map_or_else(|| spec.state_dir.clone(), |below| below.state_dir.clone())
-        }
-    }
+/// Keeps nothing more in the lower store for a store that is gone. Blocks.
+///
+/// # Errors
+/// When that cannot be looked into.
+pub(super) fn give_up(spec: &StoreSpec) -> Result<bool, LeaseError> {
+    Ok(Roots::drop_all(Lower::open(&spec.lower_state_dir())?, spec.name.as_str())?)
 }
 
 /// The stores underneath, each for as long as somebody has it.

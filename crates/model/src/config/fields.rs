@@ -9,7 +9,8 @@ use toml::{
 
 use super::reader::{About, Reader};
 use crate::{
-    AbsolutePath, Ephemeral, EphemeralSize, MAX_SOCKET_PATH_LEN, NixDaemon, Ownership, StoreName, refuse_setting,
+    AbsolutePath, Ephemeral, EphemeralSize, Leases, MAX_SOCKET_PATH_LEN, NixDaemon, Ownership, StoreName,
+    refuse_setting,
 };
 
 /// The values of one store's table, or of a table in it.
@@ -208,6 +209,11 @@ impl Fields<'_, '_, '_> {
             self.wrong_type(key, value, "true or false");
             true
         })
+    }
+
+    /// What is kept in the lower store; the default after a mistake, which was reported.
+    pub(crate) fn leases(&mut self) -> Leases {
+        if self.table.contains_key("leases") { self.parsed("leases").unwrap_or_default() } else { Leases::default() }
     }
 
     pub(super) fn refuse(&mut self, key: &str, value: &str, span: Range<usize>, why: &dyn fmt::Display) {

@@ -13,7 +13,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::protocol::{Contents, EXAMPLES, Failure, Lost, Places};
+use super::protocol::{Contents, EXAMPLES, Failure, Lost, Objects, Places};
 use crate::{Database, DatabaseError, Fingerprint, ObjectName, Snapshot};
 
 /// From so many names on, a directory is read as a whole instead of being asked for each.
@@ -141,7 +141,8 @@ impl Catalog {
         if let Err(error) = read.and_then(|()| self.name_lost()) {
             self.close();
             // Nix makes it when it uses the store for the first time.
-            let is_unused = self.is_absent && self.rows.is_empty() && !has_objects(&self.places.upper);
+            let upper = self.places.objects.as_ref().map(|objects| &objects.upper);
+            let is_unused = self.is_absent && self.rows.is_empty() && !upper.is_some_and(|dir| has_objects(dir));
             let failure = Failure { absent: self.is_absent, message: error.to_string() };
             return (delta, (!is_unused).then_some(failure));
         }
@@ -225,7 +226,7 @@ impl Catalog {
             return;
         }
         self.blind = None;
-        let dirs = std::iter::once(&self.places.upper).chain(&self.places.lowers);
+        let dirs = self.places.objects.iter().flat_map(Objects::dirs);
         let dirs: Vec<_> = dirs.map(|dir| Directory::of(dir, names.len())).collect();
         let now = Instant::now();
         for name in names {
@@ -234,8 +235,11 @@ impl Catalog {
             held.upper = found.next() == Some(Found::Yes);
             // A whiteout hides what is below it.
             held.lower = found.find(|found| *found != Found::No) == Some(Found::Yes);
-            held.lost = (!held.upper && !held.lower).then(|| held.lost.unwrap_or(now));
-            if (held.lower || !held.upper) && !held.is_used {
+            let was_lost = held.lost.is_some();
+            let is_known = !dirs.is_empty();
+            held.lost = (is_known && !held.upper && !held.lower).then(|| held.lost.unwrap_or(now));
+            // What was taken away and is back may not be kept any more.
+            if (held.lower || !held.upper) && (!held.is_used || was_lost && held.lower) {
                 held.is_used = true;
                 delta.added.push(name.clone());
             }

@@ -24,11 +24,27 @@ pub type StoreId = u64;
 pub struct Places {
     /// The directory of its database, the `db` of its state directory.
     pub db: PathBuf,
+    /// Where its objects lie; without, every valid path counts as one that is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objects: Option<Objects>,
+}
+
+/// Where the objects of a store lie.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Objects {
     /// Its upper layer.
     pub upper: PathBuf,
     /// The directories of objects underneath, the uppermost first: several where the lower store is a layered one. What is merged
     /// is never touched, or it could not be unmounted meanwhile.
     pub lowers: Vec<PathBuf>,
+}
+
+impl Objects {
+    /// All of its directories, the uppermost first.
+    pub(super) fn dirs(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.upper).chain(&self.lowers)
+    }
 }
 
 /// What the daemon says.

@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     catalog::{Catalog, Delta, Touched},
-    protocol::{Answer, Contents, Failure, LONGEST_LINE, NAMES, Places, Request, StoreId},
+    protocol::{Answer, Contents, Failure, LONGEST_LINE, NAMES, Objects, Places, Request, StoreId},
     watch::{News, Queue, Role, Watched},
 };
 
@@ -373,7 +373,7 @@ impl Index {
 /// Watches the directories of a store, as far as they are there. None of them: nothing is watched.
 fn watch(queue: &Queue, places: &Places) -> Vec<(i32, Role)> {
     let database = places.db.ancestors().take(2).find_map(|dir| queue.add(dir, Role::Database).ok());
-    let objects = std::iter::once(&places.upper).chain(&places.lowers);
+    let objects = places.objects.iter().flat_map(Objects::dirs);
     let objects = objects.filter_map(|dir| Some((queue.add(dir, Role::Objects).ok()?, Role::Objects)));
     database.map(|watch| (watch, Role::Database)).into_iter().chain(objects).collect()
 }

@@ -11,7 +11,7 @@ use std::{
 
 use layered_stores_nix_db::index::{
     self,
-    protocol::{Answer, Contents, EXAMPLES, Failure, Lost, Places, Request},
+    protocol::{Answer, Contents, EXAMPLES, Failure, Lost, Objects, Places, Request},
 };
 use tempfile::TempDir;
 
@@ -39,7 +39,11 @@ impl Store {
     }
 
     fn places(&self) -> Places {
-        Places { db: self.path("state/db"), upper: self.path("upper"), lowers: vec![self.path("lower")] }
+        self.places_over(vec![self.path("lower")])
+    }
+
+    fn places_over(&self, lowers: Vec<PathBuf>) -> Places {
+        Places { db: self.path("state/db"), objects: Some(Objects { upper: self.path("upper"), lowers }) }
     }
 
     fn nix(&self) -> Nix {
@@ -93,9 +97,7 @@ impl Daemon {
             match serde_json::from_str(&line).expect("an answer") {
                 Answer::Used { id: 1, added, removed } => {
                     assert!(added.len() + removed.len() <= index::protocol::NAMES);
-                    for name in added {
-                        assert!(self.used.insert(name.to_string()), "{name} is told once");
-                    }
+                    self.used.extend(added.iter().map(ToString::to_string));
                     for name in removed {
                         assert!(self.used.remove(name.as_str()), "{name} was told");
                     }
@@ -205,8 +207,10 @@ fn a_path_whose_files_are_nowhere_is_lost_until_they_are_back() {
         store.loses("lower", number);
     }
     assert_eq!(daemon.until(|contents, _| contents.lost_paths == 7).lost.len(), EXAMPLES);
+    daemon.used.clear();
     store.has("lower", 3..=9);
     assert_eq!(daemon.until(|contents, _| contents.lost_paths == 0).lost, []);
+    assert!(daemon.uses(3..=9), "what is back is told again");
 }
 
 #[test]
@@ -242,7 +246,7 @@ fn a_whiteout_of_a_layer_hides_what_is_in_the_layer_below() {
     }
     let mut daemon = Daemon::new();
     let lowers = vec![store.path("middle"), store.path("lower")];
-    daemon.asks(&Request::Watch { id: 1, places: Places { lowers, ..store.places() } });
+    daemon.asks(&Request::Watch { id: 1, places: store.places_over(lowers) });
     let contents = daemon.until(|contents, _| contents.lost_paths == 1);
     assert_eq!(contents.lower_paths, 1);
 }
@@ -274,6 +278,21 @@ fn a_database_that_cannot_be_read_is_said_and_what_was_told_stays() {
     let mut nix = store.nix();
     nix.registers(2..=3);
     daemon.until(|contents, failure| failure.is_none() && contents.lower_paths == 2);
+    assert!(daemon.uses(2..=3));
+}
+
+#[test]
+fn of_a_store_of_which_only_the_database_is_watched_all_is_used() {
+    let store = Store::new();
+    let mut nix = store.nix();
+    nix.registers(1..=2);
+    let mut daemon = Daemon::new();
+    daemon.asks(&Request::Watch { id: 1, places: Places { db: store.path("state/db"), objects: None } });
+    assert_eq!(daemon.state().0.lost_paths, 0);
+    assert!(daemon.uses(1..=2));
+    nix.runs("delete from ValidPaths where id = 1");
+    nix.registers(3..=3);
+    daemon.synced();
     assert!(daemon.uses(2..=3));
 }
 
