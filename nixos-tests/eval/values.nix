@@ -220,6 +220,7 @@ in
       mode = "0755";
       autostart = false;
       required = false;
+      leases = "all";
       mount-options = [ "noatime" ];
       daemon = {
         socket-path = "/run/ci.sock";

@@ -210,7 +210,7 @@ impl Store {
         self.cell.read(|status| status.swap_count)
     }
 
-    /// Whether it is known what is in it, which is what the properties below are about; else they are 0.
+    /// Whether it is known what is in it. Until it is, the counts and sizes are 0.
     #[zbus(property)]
     fn contents_known(&self) -> bool {
         self.cell.read(|status| status.found.as_ref().is_some_and(|found| found.contents().is_some()))
@@ -222,19 +222,19 @@ impl Store {
         self.content(|contents| contents.upper_paths)
     }
 
-    /// Their size as NARs, in bytes.
+    /// The size, as NARs and in bytes, of the valid paths in the upper layer.
     #[zbus(property)]
     fn upper_nar_size(&self) -> u64 {
         self.content(|contents| contents.upper_size)
     }
 
-    /// How many of them have files in the lower store as well.
+    /// How many valid paths have their files in the upper layer and in the lower store as well.
     #[zbus(property)]
     fn shadowed_path_count(&self) -> u64 {
         self.content(|contents| contents.shadowed_paths)
     }
 
-    /// Their size as NARs, in bytes: `nix-store --optimise` gives as much back.
+    /// The size, as NARs and in bytes, of what is in both: `nix-store --optimise` gives as much back.
     #[zbus(property)]
     fn shadowed_nar_size(&self) -> u64 {
         self.content(|contents| contents.shadowed_size)

@@ -37,7 +37,7 @@ lib.mapAttrs' (name: lib.nameValuePair "settings, ${name}") {
     (unknown "work" "did you mean \"work-dir\"?")
   ];
   "a key that is like none" = atBuild (settings { colour = "red"; }) [
-    (unknown "colour" "the keys are lower-store, root, upper-layer, work-dir, owner, group, mode, required, autostart, mount-options, ephemeral-size, daemon")
+    (unknown "colour" "the keys are lower-store, root, upper-layer, work-dir, owner, group, mode, required, autostart, leases, mount-options, ephemeral-size, daemon")
   ];
   "keys of a table below" =
     atBuild

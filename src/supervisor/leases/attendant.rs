@@ -241,7 +241,8 @@ impl Attendant {
 
     async fn keep_only(&mut self, names: HashSet<ObjectName>) {
         // A store that uses nothing needs no directory there.
-        let kept = match names.is_empty() {
+        let is_nothing = names.is_empty();
+        let kept = match is_nothing {
             true => self.lower.drop_all(&self.spec.name).await.map(|_| 0),
             false => self.lower.keep_only(&self.spec.name, names).await,
         };
@@ -252,7 +253,7 @@ impl Attendant {
                 self.will_write();
             }
             // Nothing is lost by what is kept in vain.
-            Err(_) if self.spec.leases == Leases::None => {}
+            Err(_) if is_nothing => {}
             Err(error) => self.cannot_keep(error.to_string()),
         }
     }

@@ -57,6 +57,13 @@ pub(in crate::supervisor) enum LeaseError {
     Panic(String),
 }
 
+impl LeaseError {
+    /// Whether there is no state directory.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self, Self::Lower(LayersError::Sys { errno: Errno::NOENT, .. }))
+    }
+}
+
 /// A store underneath.
 #[derive(Debug)]
 pub(super) struct Lower {

@@ -81,7 +81,8 @@ pub(super) async fn take_turns(lower: Weak<Lower>, lowers: Lowers) {
                 tracing::warn!("taking turns with a garbage collector has to begin anew: {error}");
             }
             Err(error) => {
-                if !std::mem::replace(&mut is_said, true) {
+                // A lower store that Nix has never used has no collector.
+                if !error.is_missing() && !std::mem::replace(&mut is_said, true) {
                     let dir = &strong.state_dir;
                     tracing::warn!(
                         "the garbage collector of {dir} may take what was first used while it runs: {error}"
