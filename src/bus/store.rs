@@ -234,7 +234,7 @@ impl Store {
         self.content(|contents| contents.shadowed_paths)
     }
 
-    /// The size, as NARs and in bytes, of what is in both: `nix-store --optimise` gives as much back.
+    /// The size, as NARs and in bytes, of what is in both: `layered-stores optimise` gives as much back.
     #[zbus(property)]
     fn shadowed_nar_size(&self) -> u64 {
         self.content(|contents| contents.shadowed_size)

@@ -217,7 +217,8 @@ fn names(dir: BorrowedFd<'_>) -> Result<HashSet<ObjectName>, Errno> {
 /// # Errors
 /// What the kernel says.
 pub fn temporary(state_dir: impl AsFd) -> Result<HashSet<ObjectName>, Errno> {
-    // Whoever owns the store can put anything there: a pipe, which would be waited for, or a file without an end.
+    /// How much is read, in bytes. Whoever owns the store can put anything there: a pipe, which would be waited for, or a file
+    /// without an end.
     const LONGEST: usize = 64 << 20;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let dir = match rustix::fs::openat(state_dir, "temproots", DIRECTORY, Mode::empty()) {
