@@ -165,25 +165,25 @@ with subtest("What is first used while garbage is collected is not lost"):
             dependency = builtins.storePath $2; }"
         """.replace("\\\\", "\\"),
     )
-    users = {"ci": "root", "over": "root", "own": "alice"}
-    for store, user in users.items():
+    accounts = {"ci": "root", "over": "root", "own": "alice"}
+    for store, user in accounts.items():
         machine.succeed(
             f"systemd-run --quiet --unit=uses-{store} -E PATH bash /tmp/fresh {store} {user}"
         )
     machine.wait_until_fails("systemctl is-active uses-ci uses-over uses-own", timeout=300)
     machine.fail("systemctl is-failed uses-ci uses-over uses-own")
     machine.succeed("systemctl stop collector")
-    for store in users:
+    for store in accounts:
         machine.log(
             machine.succeed(
                 f"cat /tmp/{store}/failed | grep error: | sort | uniq -c | tail -20 || true"
             )
         )
-        made = machine.succeed(f"cat /tmp/{store}/made").split()
-        machine.log(f"{store}: {len(made) // 2} of 40 were built")
-        assert len(made) >= 10, made
+        built = machine.succeed(f"cat /tmp/{store}/made").split()
+        machine.log(f"{store}: {len(built) // 2} of 40 were built")
+        assert len(built) >= 10, built
         gone = machine.succeed(
-            f"for path in {' '.join(made)}; do [ -e /srv/{store}/root$path ] || echo $path; done"
+            f"for path in {' '.join(built)}; do [ -e /srv/{store}/root$path ] || echo $path; done"
         )
         t.assertEqual(gone, "", "used and lost")
     # What was asked about when it was about to go, and is needed by nothing that was built.
@@ -211,7 +211,11 @@ with subtest(
 
 with subtest("What is declared decides what is kept"):
     unused = add(BASE, "unused", "something that nobody uses")
-    declare = "sed -i '/^leases/d; s/^\\[stores.ci\\]/&\\nleases = \"{}\"/' /etc/layered-stores/config.toml; layered-stores reload"
+    declare = (
+        "sed -i '/^leases/d; s/^\\[stores.ci\\]/&\\nleases = \"{}\"/' "
+        "/etc/layered-stores/config.toml; "
+        "layered-stores reload"
+    )
     machine.succeed(declare.format("all"))
     retry(lambda _last: {base(unused), base(used)} <= roots("ci"), 30)
     machine.succeed(COLLECT, f"test -e {BASE}{unused}")

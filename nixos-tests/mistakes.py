@@ -220,8 +220,8 @@ with subtest("Unknown keys are refused, and the nearest valid one is named"):
             '[stores.ci]\nlower-store = "/l"\nquota = 1',
             (3, 1),
             'store "ci": unknown key "quota"; the keys are lower-store, root, upper-layer, '
-            "work-dir, owner, group, mode, required, autostart, leases, mount-options, ephemeral-size, "
-            "daemon",
+            "work-dir, owner, group, mode, required, autostart, leases, mount-options, "
+            "ephemeral-size, daemon",
         ),
     ):
         t.assertEqual(check(text), [(*place, sentence)])
