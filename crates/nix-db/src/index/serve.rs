@@ -331,6 +331,8 @@ impl Index {
         store.reading_since = None;
         let now = Instant::now();
         if is_early {
+            // It may have ended already: another store had it, and was forgotten.
+            store.is_watched = false;
             store.touch_all();
             store.database_changed();
         }

@@ -124,7 +124,9 @@ impl Watched {
 
     /// A watch has ended by itself.
     pub(super) fn ended(&mut self, watch: i32) -> Vec<(StoreId, Role)> {
-        self.stores.remove(&watch).into_iter().flatten().collect()
+        let stores = self.of(watch);
+        self.stores.remove(&watch);
+        stores
     }
 
     /// Forgets a store; the watches that nobody has any more.

@@ -66,6 +66,8 @@ impl Store {
 struct Daemon {
     stream: UnixStream,
     answers: BufReader<UnixStream>,
+    /// The store that it is about.
+    id: u64,
     used: BTreeSet<String>,
     token: u64,
 }
@@ -76,7 +78,7 @@ impl Daemon {
         std::thread::spawn(move || index::serve(other));
         stream.set_read_timeout(Some(FOR_EVER)).expect("set");
         let answers = BufReader::new(stream.try_clone().expect("cloned"));
-        Self { stream, answers, used: BTreeSet::new(), token: 0 }
+        Self { stream, answers, id: 1, used: BTreeSet::new(), token: 0 }
     }
 
     fn watching(store: &Store) -> Self {
@@ -95,15 +97,17 @@ impl Daemon {
             let mut line = String::new();
             self.answers.read_line(&mut line).expect("an answer in time");
             match serde_json::from_str(&line).expect("an answer") {
-                Answer::Used { id: 1, added, removed } => {
+                Answer::Used { id, added, removed } if id == self.id => {
                     assert!(added.len() + removed.len() <= index::protocol::NAMES);
                     self.used.extend(added.iter().map(ToString::to_string));
                     for name in removed {
                         assert!(self.used.remove(name.as_str()), "{name} was told");
                     }
                 }
-                Answer::State { id: 1, contents, failure, synced } => return (contents, failure, synced),
-                other => panic!("{other:?}"),
+                Answer::State { id, contents, failure, synced } if id == self.id => {
+                    return (contents, failure, synced);
+                }
+                Answer::Used { .. } | Answer::State { .. } => {}
             }
         }
     }
@@ -294,6 +298,26 @@ fn of_a_store_of_which_only_the_database_is_watched_all_is_used() {
     nix.registers(3..=3);
     daemon.synced();
     assert!(daemon.uses(2..=3));
+}
+
+#[test]
+fn a_store_that_is_forgotten_takes_no_watch_from_one_that_is_begun_meanwhile() {
+    const ROUNDS: usize = 100;
+    let store = Store::new();
+    store.has("lower", 1..=ROUNDS);
+    let mut nix = store.nix();
+    let mut daemon = Daemon::watching(&store);
+    daemon.state();
+    for round in 1..=ROUNDS {
+        // Both have the same directories, and each directory has one watch. What is asked is asked at another moment each time.
+        daemon.asks(&Request::Watch { id: daemon.id + 1, places: store.places() });
+        std::thread::sleep(Duration::from_micros(u64::try_from(round).expect("few") * 20));
+        daemon.asks(&Request::Forget { id: daemon.id });
+        daemon.id += 1;
+        daemon.state();
+        nix.registers(round..=round);
+        daemon.until(|contents, _| usize::try_from(contents.lower_paths) == Ok(round));
+    }
 }
 
 #[test]
