@@ -1,5 +1,5 @@
-# What layered stores use of a lower store stays there, whoever collects garbage, and what was lost all
-# the same is said.
+# What layered stores use of a lower store stays there, whoever collects garbage, and what was lost
+# all the same is said.
 import json
 import shlex
 
@@ -134,15 +134,16 @@ with subtest(
     until_problems("ci")
 
 with subtest("What is first used while garbage is collected is not lost"):
-    # A collector that never rests, and builds in three stores that each use a path that nothing else does.
+    # A collector that never rests, and builds in three stores that each use a path that nothing else
+    # does.
     for store in ("ci", "over", "own"):
         machine.succeed(f"mkdir -p /tmp/{store}; chmod 777 /tmp/{store}")
     machine.succeed(
         "systemd-run --quiet --unit=collector -E PATH bash -c "
         + shlex.quote(f"while :; do {COLLECT} || exit 1; sleep 0.2; done")
     )
-    # Each adds a path to the lower store that nobody keeps there, and builds something that refers to
-    # it. The path may be gone before anybody has used it.
+    # Each adds a path to the lower store that nobody keeps there, and builds something with it.
+    # The path may be gone before anybody has used it.
     script(
         "fresh",
         """
