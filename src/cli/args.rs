@@ -5,6 +5,8 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use layered_stores_model::{AbsolutePath, StoreName, config};
 
+use super::log::Shown;
+
 /// Declares, mounts and looks after layered Nix stores.
 ///
 /// A layered store is a writable Nix store over a shared read-only one. Stores are declared in
@@ -97,6 +99,17 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Show what the journal has about a store, by running journalctl
+    ///
+    /// Entries are those of layered-storesd with the store's name in their field STORE; those about a problem have its code in the
+    /// field PROBLEM. What its Nix daemon and its builds say is in `journalctl -u layered-stores-nix-daemon@NAME`.
+    Log {
+        /// The store
+        name: StoreName,
+        /// Which entries, and how
+        #[command(flatten)]
+        shown: Shown,
     },
     /// Remove all that is in a store that is stopped, or what is left of one that is not declared any more
     ///

@@ -15,6 +15,7 @@ use super::{
     doctor::doctor,
     enter::enter,
     generate,
+    log::log,
     output::{complain, print, print_json, wrapped},
     owner::refuse_root,
     remove::{list_left_over, remove_data},
@@ -53,6 +54,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
             each(names, async |client, name| Ok(client.store(&name).await?.remount().await?)).await
         }
         Command::Verify { name, json } => verify(&name, json).await,
+        Command::Log { name, shown } => match log(&name, &shown).await? {},
         Command::RemoveData { name, yes } => remove_data(&name, yes).await,
         Command::Wait { names, timeout } => wait(&names, Duration::from_secs(timeout)).await,
         Command::Reload => reload().await,

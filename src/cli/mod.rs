@@ -7,6 +7,7 @@ mod enter;
 mod follow;
 mod generate;
 mod inside;
+mod log;
 mod output;
 mod owner;
 mod program;

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::{
     args::PROBLEMS,
+    log,
     output::print,
     program::said_by,
     render,
@@ -105,7 +106,8 @@ async fn look(client: &Client, names: &[StoreName], json: bool, watch: bool) -> 
 
 /// The last lines that the journal has about a store, as far as whoever asks may read it.
 fn journal(name: &str) -> String {
-    let arguments = ["--quiet", "--no-pager", "--boot", JOURNAL_LINES, &format!("STORE={name}")];
+    let [unit, store] = log::matches(name);
+    let arguments = ["--quiet", "--no-pager", "--boot", JOURNAL_LINES, &unit, &store];
     let text = said_by("journalctl", &arguments, JOURNAL_PATIENCE).unwrap_or_default();
     let lines = text.lines().map(|line| format!("{}\n", layered_stores_model::printable(line)));
     let lines: String = lines.collect();

@@ -2,6 +2,7 @@
 
 mod candidate;
 mod looks;
+mod problems;
 mod refreshes;
 mod retries;
 mod serving;
@@ -341,11 +342,7 @@ impl Entry {
     pub(super) fn problem(&mut self, problem: Problem, message: String) {
         // What others have named, such as mounts and processes, is in it.
         let message = printable(&message);
-        if self.problems.get(&problem) != Some(&message) {
-            let name = &self.spec.name;
-            tracing::warn!(store = %name, %problem, "{name}: {message}");
-            self.problems.insert(problem, message);
-        }
+        self.problems.insert(problem, message);
     }
 
     pub(super) fn has(&self, problem: Problem) -> bool {
@@ -445,7 +442,7 @@ impl Entry {
         times.into_iter().filter(|usec| *usec > 0).min().unwrap_or_default()
     }
 
-    /// Publishes the status; returns the one before if it was different.
+    /// Publishes the status, and tells the journal what is new of its problems; returns the one before if it was different.
     pub(super) fn publish(&self) -> Option<Status> {
         let state = match (self.op, &self.phase) {
             (Some(Op::Start | Op::Adopt), _) => State::Activating,
@@ -460,7 +457,7 @@ impl Entry {
             _ => String::new(),
         };
         let (before, since) = self.cell.read(|status| (status.state, status.state_change_usec));
-        self.cell.replace(Status {
+        let old = self.cell.replace(Status {
             spec: Arc::clone(&self.spec),
             state,
             state_change_usec: if state == before && since > 0 { since } else { realtime_usec(Duration::ZERO) },
@@ -479,7 +476,11 @@ impl Entry {
             swap_count: self.refreshes.swap_count,
             owner_uid: self.owner_uid,
             found: self.found.clone(),
-        })
+        });
+        if let Some(old) = &old {
+            problems::tell(&self.spec.name, &old.problems, &self.problems);
+        }
+        old
     }
 }
 

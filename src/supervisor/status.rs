@@ -12,6 +12,7 @@ use super::leases::Report;
 
 /// Where a store is in its life; the words are systemd's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(serde::Deserialize))]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Not mounted, and nothing is wrong.
@@ -27,6 +28,12 @@ pub enum State {
     Failed,
 }
 
+impl State {
+    /// All there are.
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Inactive, Self::Activating, Self::Active, Self::Deactivating, Self::Failed];
+}
+
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.serialize(f)
@@ -35,6 +42,7 @@ impl fmt::Display for State {
 
 /// Something that is wrong with a store, whatever its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[cfg_attr(test, derive(serde::Deserialize))]
 #[serde(rename_all = "kebab-case")]
 pub enum Problem {
     /// The merged view is not what the layers say, and a swap did not help.
@@ -79,6 +87,33 @@ pub enum Problem {
     PathsLost,
     /// What it uses of the lower store cannot be kept from the garbage collector there.
     Unleased,
+}
+
+impl Problem {
+    /// All there are.
+    pub(crate) const ALL: [Self; 21] = [
+        Self::Stale,
+        Self::Stuck,
+        Self::Busy,
+        Self::NotApplied,
+        Self::Covered,
+        Self::Foreign,
+        Self::NotOurs,
+        Self::MountLost,
+        Self::UpperMissing,
+        Self::StartFailed,
+        Self::DaemonFailed,
+        Self::OtherOwner,
+        Self::RefreshFailed,
+        Self::Unwatched,
+        Self::Unrecorded,
+        Self::MountOptions,
+        Self::ReadOnly,
+        Self::Full,
+        Self::DatabaseUnreadable,
+        Self::PathsLost,
+        Self::Unleased,
+    ];
 }
 
 /// Its code on the bus.
@@ -230,6 +265,18 @@ mod tests {
         assert!(!on_the_way.is_between(&first, &first));
         let spec = Arc::new(layered_stores_model::fixture::spec("a", "/other"));
         assert!(!Status { spec, ..on_the_way }.is_between(&first, &active));
+    }
+
+    #[test]
+    fn none_is_missing_from_what_says_that_it_is_all() {
+        fn expected<T: serde::de::DeserializeOwned>() -> String {
+            serde_json::from_str::<T>("\"\"").err().map(|error| error.to_string()).unwrap_or_default()
+        }
+        let named = |expected: &str| expected.matches('`').count() / 2 - 1;
+        let (states, problems) = (expected::<State>(), expected::<Problem>());
+        assert_eq!((named(&states), named(&problems)), (State::ALL.len(), Problem::ALL.len()));
+        assert!(State::ALL.iter().all(|state| states.contains(&format!("`{state}`"))), "{states}");
+        assert!(Problem::ALL.iter().all(|problem| problems.contains(&format!("`{problem}`"))), "{problems}");
     }
 
     #[test]
