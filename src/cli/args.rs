@@ -111,6 +111,15 @@ pub enum Command {
         #[command(flatten)]
         shown: Shown,
     },
+    /// Print figures for Prometheus: states, problems, refreshes, room, jobs
+    ///
+    /// A daemon that does not run is one of them (layered_stores_up 0), and is not started. layered-stores-metrics.timer has the
+    /// figures written for a node exporter, layered-stores-metrics.socket answers who asks it over HTTP.
+    Metrics {
+        /// Put them into this file, in one step, for the node exporter's textfile collector
+        #[arg(long, value_name = "FILE")]
+        textfile: Option<PathBuf>,
+    },
     /// Remove all that is in a store that is stopped, or what is left of one that is not declared any more
     ///
     /// Its paths, its database and its build logs are gone then. A declared store is empty when it is started the next time.
@@ -189,6 +198,13 @@ pub enum Internal {
     NixDaemon {
         /// The store
         name: StoreName,
+    },
+    /// Answer one client of layered-stores-metrics.socket, which is standard input; layered-stores-metrics@.service runs this
+    ServeMetrics,
+    /// Say what room there is on the filesystems that are mounted there; `metrics` runs this
+    CountRoom {
+        /// The mount points
+        points: Vec<String>,
     },
     /// Count what directories hold that are named on standard input; `status` runs this
     Count,

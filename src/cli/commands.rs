@@ -16,6 +16,7 @@ use super::{
     enter::enter,
     generate,
     log::log,
+    metrics::{self, metrics},
     output::{complain, print, print_json, wrapped},
     owner::refuse_root,
     remove::{list_left_over, remove_data},
@@ -55,6 +56,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
         }
         Command::Verify { name, json } => verify(&name, json).await,
         Command::Log { name, shown } => match log(&name, &shown).await? {},
+        Command::Metrics { textfile } => metrics(textfile.as_deref()).await,
         Command::RemoveData { name, yes } => remove_data(&name, yes).await,
         Command::Wait { names, timeout } => wait(&names, Duration::from_secs(timeout)).await,
         Command::Reload => reload().await,
@@ -79,6 +81,14 @@ pub async fn run_internal(command: Internal) -> Result<ExitCode> {
     match command {
         Internal::Count => {
             usage::count().context("cannot count")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Internal::CountRoom { points } => {
+            metrics::count(points);
+            Ok(ExitCode::SUCCESS)
+        }
+        Internal::ServeMetrics => {
+            metrics::answer().await?;
             Ok(ExitCode::SUCCESS)
         }
         Internal::NixDaemon { name } => Err(nix_daemon(&name)),

@@ -4,10 +4,13 @@ pub mod args;
 mod commands;
 mod doctor;
 mod enter;
+#[cfg(test)]
+mod fixture;
 mod follow;
 mod generate;
 mod inside;
 mod log;
+mod metrics;
 mod output;
 mod owner;
 mod program;

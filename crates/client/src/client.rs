@@ -9,6 +9,8 @@ use layered_stores_model::{
 };
 use zbus::{
     Connection, fdo,
+    names::BusName,
+    proxy::CacheProperties,
     wire::{DeserializeDict, OwnedObjectPath, Type},
 };
 
@@ -16,7 +18,7 @@ use crate::reach::{is_running, reach};
 use crate::{
     BUS_NAME, MANAGER_PATH,
     job::Job,
-    proxy::{ManagerProxy, Properties, StoreProxy},
+    proxy::{JobProperties, ManagerProxy, Properties, StoreProxy},
     store_path,
 };
 
@@ -26,6 +28,19 @@ use crate::{
 struct Interfaces {
     #[zbus(rename = "org.layeredstores1.Store")]
     store: Option<Properties>,
+    #[zbus(rename = "org.layeredstores1.Job")]
+    job: Option<JobProperties>,
+}
+
+/// What the daemon that runs has to say.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Its version.
+    pub version: String,
+    /// All stores, by name.
+    pub stores: Vec<Properties>,
+    /// All jobs.
+    pub jobs: Vec<JobProperties>,
 }
 
 /// Why a command failed, for people.
@@ -63,8 +78,8 @@ pub enum ClientError {
     #[error("layered-storesd has ended meanwhile; see `systemctl status layered-storesd`, and run this again")]
     Gone,
     /// It does not answer.
-    #[error("no answer within {} s; see `systemctl status layered-storesd dbus`", PATIENCE.as_secs())]
-    Silent,
+    #[error("no answer within {} s; see `systemctl status layered-storesd dbus`", .0.as_secs())]
+    Silent(Duration),
     /// What it answers is not understood.
     #[error("the daemon answers in a way this command line does not understand: {0}; are both of one version?")]
     Answer(String),
@@ -106,11 +121,14 @@ impl From<fdo::Error> for ClientError {
 /// How long the daemon may take to tell what it knows already.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long for a program that looks again and again, and has somebody waiting for at most 10 s (Prometheus' default).
+const SOON: Duration = Duration::from_secs(5);
+
 /// How long somebody waits for a completion.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 async fn in_time<T>(call: impl Future<Output = T>) -> Result<T, ClientError> {
-    tokio::time::timeout(PATIENCE, call).await.map_err(|_| ClientError::Silent)
+    tokio::time::timeout(PATIENCE, call).await.map_err(|_| ClientError::Silent(PATIENCE))
 }
 
 /// A connection to the daemon.
@@ -140,6 +158,30 @@ impl Client {
             Some(stores.into_iter().map(|(name, ..)| name).collect())
         };
         tokio::time::timeout(AT_ONCE, names).await.ok()?
+    }
+
+    /// What the daemon that runs has to say, in one call whatever there is, besides its version; `None`: none runs, and none is
+    /// started.
+    ///
+    /// # Errors
+    /// [`ClientError::NoBus`] when nobody can be asked; others when a daemon that runs does not answer as it should.
+    pub async fn snapshot() -> Result<Option<Snapshot>, ClientError> {
+        tokio::time::timeout(SOON, Self::snapshot_now()).await.map_err(|_| ClientError::Silent(SOON))?
+    }
+
+    async fn snapshot_now() -> Result<Option<Snapshot>, ClientError> {
+        let connection = Connection::system().await.map_err(ClientError::NoBus)?;
+        let bus = fdo::DBusProxy::new(&connection).await.map_err(ClientError::NoBus)?;
+        // By its unique name: the bus starts a daemon for whoever calls one by the other.
+        let owner = match bus.get_name_owner(BUS_NAME.try_into()?).await {
+            Ok(owner) => owner.into_inner(),
+            Err(fdo::Error::NameHasNoOwner(_)) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let manager = ManagerProxy::builder(&connection).destination(owner.clone());
+        let manager = manager.cache_properties(CacheProperties::No).build().await?;
+        let (stores, jobs) = managed(&connection, owner.into()).await?;
+        Ok(Some(Snapshot { version: manager.version().await?, stores, jobs }))
     }
 
     /// The daemon as a whole.
@@ -198,16 +240,27 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn all(&self) -> Result<Vec<Properties>, ClientError> {
-        let interface = Some("org.freedesktop.DBus.ObjectManager");
-        let call = self.connection.call_method(Some(BUS_NAME), MANAGER_PATH, interface, "GetManagedObjects", &());
-        let reply = in_time(call).await??;
-        let body = reply.body();
-        let objects: HashMap<OwnedObjectPath, Interfaces> =
-            body.deserialize().map_err(|error| ClientError::Answer(error.to_string()))?;
-        let mut stores: Vec<_> = objects.into_values().filter_map(|interfaces| interfaces.store).collect();
-        stores.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(stores)
+        Ok(in_time(managed(&self.connection, BUS_NAME.try_into()?)).await??.0)
     }
+}
+
+/// All stores, by name, and all jobs.
+async fn managed(
+    connection: &Connection,
+    daemon: BusName<'_>,
+) -> Result<(Vec<Properties>, Vec<JobProperties>), ClientError> {
+    let interface = Some("org.freedesktop.DBus.ObjectManager");
+    let reply = connection.call_method(Some(daemon), MANAGER_PATH, interface, "GetManagedObjects", &()).await?;
+    let body = reply.body();
+    let objects: HashMap<OwnedObjectPath, Interfaces> =
+        body.deserialize().map_err(|error| ClientError::Answer(error.to_string()))?;
+    let (mut stores, mut jobs) = (Vec::new(), Vec::new());
+    for interfaces in objects.into_values() {
+        stores.extend(interfaces.store);
+        jobs.extend(interfaces.job);
+    }
+    stores.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok((stores, jobs))
 }
 
 /// Whoever has written a store into the file most often has not told the daemon; else a name was misspelt.

@@ -23,9 +23,9 @@ mod reach;
 use layered_stores_model::StoreName;
 use zbus::wire::{ObjectPath, OwnedObjectPath};
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, Snapshot};
 pub use job::Job;
-pub use proxy::{JobProxy, ManagerProxy, Properties, StoreProxy};
+pub use proxy::{JobProperties, JobProxy, ManagerProxy, Properties, StoreProxy};
 pub use reach::why_it_cannot_come;
 
 /// The well-known name of the daemon.

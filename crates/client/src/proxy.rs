@@ -28,6 +28,10 @@ pub trait Manager {
     /// Reads the configuration again.
     #[zbus(allow_interactive_auth)]
     fn reload(&self) -> zbus::Result<()>;
+
+    /// The daemon's version.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> zbus::Result<String>;
 }
 
 /// One store.
@@ -151,6 +155,18 @@ pub struct Properties {
     pub lost_path_count: u64,
     /// Paths that are kept in the lower store.
     pub lease_count: u64,
+}
+
+/// The properties of a job, as far as they are asked for of all.
+#[derive(Clone, Debug, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}", rename_all = "PascalCase")]
+pub struct JobProperties {
+    /// What it does.
+    pub kind: String,
+    /// The store that it is about.
+    pub store: String,
+    /// `waiting`, `running`, `succeeded`, `failed` or `cancelled`.
+    pub state: String,
 }
 
 impl Properties {

@@ -23,10 +23,7 @@ fn came<'p>(
     now.iter().filter(|now| !before.iter().any(|(problem, message)| (problem, message) == *now))
 }
 
-fn went<'p>(
-    before: &'p [(Problem, String)],
-    now: &'p BTreeMap<Problem, String>,
-) -> impl Iterator<Item = &'p Problem> {
+fn went<'p>(before: &'p [(Problem, String)], now: &'p BTreeMap<Problem, String>) -> impl Iterator<Item = &'p Problem> {
     before.iter().map(|(problem, _)| problem).filter(|problem| !now.contains_key(problem))
 }
 
