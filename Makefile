@@ -26,7 +26,8 @@ INSTALL ?= install
 
 executables := layered-stores layered-storesd layered-stores-remount layered-stores-index
 units := layered-storesd.service layered-stores-wait.service layered-stores.target layered-stores-nix-daemon@.service \
-	layered-stores-index@.service layered-stores-index@.socket
+	layered-stores-index@.service layered-stores-index@.socket \
+	layered-stores-metrics.timer layered-stores-metrics.service layered-stores-metrics.socket layered-stores-metrics@.service
 interfaces := $(notdir $(wildcard data/org.layeredstores1.*.xml))
 documents := $(wildcard README.md CHANGELOG.md LICENSE-MIT LICENSE-APACHE)
 
@@ -106,6 +107,8 @@ install: build ## executables, units, D-Bus and polkit files, man pages, complet
 	$(INSTALL) -m 644 $(documents) "$(DESTDIR)$(DOCDIR)"; \
 	into $(DOCDIR)/docs/images; \
 	$(INSTALL) -m 644 $(wildcard docs/*.md) "$(DESTDIR)$(DOCDIR)/docs"; \
+	into $(DOCDIR)/docs/metrics; \
+	$(INSTALL) -m 644 $(wildcard docs/metrics/*) "$(DESTDIR)$(DOCDIR)/docs/metrics"; \
 	$(INSTALL) -m 644 $(wildcard docs/images/*.svg) "$(DESTDIR)$(DOCDIR)/docs/images"; \
 	$(INSTALL) -m 644 data/config.toml "$(DESTDIR)$(DOCDIR)/examples"; \
 	echo 'installed into $(DESTDIR)$(PREFIX)'; \

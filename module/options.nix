@@ -168,6 +168,25 @@ in
       '';
     };
 
+    metrics = {
+      enable = lib.mkEnableOption ''
+        figures about the stores, in Prometheus' text format: over HTTP at the socket
+        `/run/layered-stores-metrics.sock`, for `/metrics`, and in
+        {option}`services.layeredStores.metrics.textfile`'';
+
+      textfile = mkOption {
+        type = types.nullOr (types.strMatching "/[A-Za-z0-9/._-]+\\.prom");
+        default = null;
+        example = "/var/lib/prometheus-node-exporter/layered-stores.prom";
+        description = ''
+          A file that has the figures written to it, in one step, twice a minute. The node exporter
+          reads it when its directory is named in
+          {option}`services.prometheus.exporters.node.extraFlags`, as
+          `--collector.textfile.directory=DIRECTORY`. The directory is made, and is root's.
+        '';
+      };
+    };
+
     # One place for what the daemon is told and what `uri` says.
     remountHook = mkOption {
       type = types.str;

@@ -85,6 +85,8 @@ let
     };
   nixDaemonUnit = name: "layered-stores-nix-daemon@${name}";
 
+  textfile = if cfg.metrics.enable then cfg.metrics.textfile else null;
+
   remountRule = name: store: ''
     // services.layeredStores.stores.${name}: who may have it remounted
     polkit.addRule(function(action, subject) {
@@ -139,6 +141,22 @@ in
       ) (lib.filter (store: settingsLib.directories store != [ ]) stores)
     );
 
+    systemd.sockets = lib.mkIf cfg.metrics.enable {
+      layered-stores-metrics = {
+        overrideStrategy = "asDropin";
+        wantedBy = [ "sockets.target" ];
+      };
+    };
+    systemd.timers = lib.mkIf (textfile != null) {
+      layered-stores-metrics = {
+        overrideStrategy = "asDropin";
+        wantedBy = [ "timers.target" ];
+      };
+    };
+    systemd.tmpfiles.rules = lib.mkIf (textfile != null) [
+      "d '${dirOf textfile}' 0755 root root - -"
+    ];
+
     systemd.services = {
       layered-storesd = {
         overrideStrategy = "asDropin";
@@ -160,6 +178,13 @@ in
       };
 
       ${nixDaemonUnit ""} = nixDaemon;
+    }
+    // lib.optionalAttrs (textfile != null) {
+      layered-stores-metrics = {
+        overrideStrategy = "asDropin";
+        environment.TEXTFILE = textfile;
+        serviceConfig.ReadWritePaths = [ (dirOf textfile) ];
+      };
     }
     // lib.listToAttrs (
       map ({ name, ... }: lib.nameValuePair (nixDaemonUnit name) (nixDaemonOf name)) (

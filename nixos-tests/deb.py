@@ -14,6 +14,7 @@ from driver import paths
 TREE = paths.REPOSITORY / "target" / "deb-root"
 PACKAGES = paths.REPOSITORY / "target" / "debian"
 DAEMON = "layered-storesd.service"
+METRICS = "layered-stores-metrics.socket"
 STORE = "/var/lib/layered-stores/stores/ci"
 NIX_DAEMON = "layered-stores-nix-daemon@ci"
 SOCKET = "/run/layered-stores/ci/daemon.sock"
@@ -110,6 +111,7 @@ with subtest("Installed, it is enabled and up, and so is the store that was decl
     machine.require_unit_state(DAEMON)
     for unit in (DAEMON, "layered-stores.target"):
         t.assertEqual(machine.succeed(f"systemctl is-enabled {unit}").strip(), "enabled")
+    t.assertEqual(machine.execute(f"systemctl is-enabled {METRICS}")[1].strip(), "disabled")
     machine.succeed("layered-stores status ci")
     machine.succeed("dpkg --audit")
 
@@ -153,17 +155,21 @@ with subtest("An upgrade restarts the daemon, and nobody notices"):
     machine.succeed("layered-stores status ci")
     build_as_alice("again")
 
-with subtest("An upgrade leaves disabled what was disabled"):
+with subtest("An upgrade leaves disabled what was disabled, and enabled what was enabled"):
     machine.succeed(
-        f"systemctl disable {DAEMON} 2>&1", "dpkg --install /tmp/layered-stores.deb 2>&1"
+        f"systemctl enable --now {METRICS} 2>&1",
+        f"systemctl disable {DAEMON} 2>&1",
+        "dpkg --install /tmp/layered-stores.deb 2>&1",
     )
     t.assertEqual(machine.execute(f"systemctl is-enabled {DAEMON}")[1].strip(), "disabled")
-    machine.succeed(f"systemctl enable {DAEMON} 2>&1")
+    t.assertEqual(machine.succeed(f"systemctl is-enabled {METRICS}").strip(), "enabled")
+    machine.succeed(f"systemctl is-active {METRICS}", f"systemctl enable {DAEMON} 2>&1")
 
 with subtest("Removed, it is gone, and stores, their data and their configuration are not"):
     machine.succeed("dpkg --remove layered-stores 2>&1")
     machine.fail(f"systemctl is-active {DAEMON}", "command -v layered-stores")
     machine.fail(f"systemctl is-active {NIX_DAEMON}", f"test -e {SOCKET}")
+    machine.fail(f"systemctl is-active {METRICS}", "test -e /run/layered-stores-metrics.sock")
     t.assertEqual(mount(), before[0])
     t.assertEqual(
         machine.succeed(f"cat {STORE}/root{path} {STORE}/upper/{Path(path).name}"), "mine\nmine\n"

@@ -112,6 +112,9 @@ with subtest("systemd has nothing to say against its units"):
 # What polkit thinks of its rules shows in what it allows, below.
 write("/etc/polkit-1/rules.d/10-nixos.rules", booted["polkit"])
 
+# What systemd-tmpfiles makes of the module's rule.
+machine.succeed("mkdir /var/lib/figures")
+
 # One of the stores lies on a filesystem that nothing else waits for.
 machine.succeed("mkdir /data", "echo 'tmpfs /data tmpfs noauto,mode=0755 0 0' >>/etc/fstab")
 
@@ -144,6 +147,14 @@ with subtest("Drop-ins are in force"):
         "CURL_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt",
         machine.get_unit_property("layered-stores-nix-daemon@ci.service", "Environment"),
     )
+
+with subtest("Figures are written where the option says, and told over the socket"):
+    machine.wait_until_succeeds(
+        'grep -F \'store_state{store="ci",state="active"} 1\' /var/lib/figures/layered-stores.prom',
+        timeout=60,
+    )
+    t.assertEqual(machine.succeed("ls -A /var/lib/figures"), "layered-stores.prom\n")
+    machine.succeed("test -S /run/layered-stores-metrics.sock")
 
 with subtest("Whom remountUsers names may have that store remounted, and nobody else any"):
     machine.succeed("runuser -u alice -- layered-stores remount ci")

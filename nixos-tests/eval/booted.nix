@@ -7,6 +7,8 @@ let
     {
       services.layeredStores = {
         enable = true;
+        metrics.enable = true;
+        metrics.textfile = "/var/lib/figures/layered-stores.prom";
         stores = {
           ci = {
             lowerStore = "local";

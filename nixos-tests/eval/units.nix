@@ -64,6 +64,17 @@ let
       }
     ]
   );
+  measured =
+    metrics:
+    nixos.evaluateSystem [
+      nixos.onDebian
+      (layered {
+        inherit metrics;
+        stores.ci.lowerStore = "/srv/base";
+      })
+    ];
+  measuredUnits =
+    evaluated: lib.filter (lib.hasPrefix "layered-stores-metrics") (lib.attrNames evaluated.units);
   unlimited = nixos.evaluateSystem [
     nixos.onDebian
     (layered {
@@ -271,6 +282,52 @@ in
       "/data/ci/work"
       "/srv/base/nix/store"
     ];
+  };
+
+  "test figures are there for whoever wants them, and where they are wanted" = {
+    expr = {
+      nowhere = map measuredUnits [
+        (measured { })
+        (measured { textfile = "/var/lib/figures/layered-stores.prom"; })
+      ];
+      socket = measuredUnits (measured { enable = true; });
+    };
+    expected = {
+      nowhere = [
+        [ ]
+        [ ]
+      ];
+      socket = [ "layered-stores-metrics.socket.d/overrides.conf" ];
+    };
+  };
+  "test figures are written to the file that is named" = {
+    expr =
+      let
+        evaluated = measured {
+          enable = true;
+          textfile = "/var/lib/figures/layered-stores.prom";
+        };
+        service = evaluated.units."layered-stores-metrics.service.d/overrides.conf";
+      in
+      {
+        wants = lib.filter (lib.hasInfix "metrics") evaluated.wants;
+        lines = map (has' service) [
+          "Environment=\"TEXTFILE=/var/lib/figures/layered-stores.prom\""
+          "ReadWritePaths=/var/lib/figures"
+        ];
+        directory = lib.filter (lib.hasInfix "/var/lib/figures") evaluated.config.systemd.tmpfiles.rules;
+      };
+    expected = {
+      wants = [
+        "sockets.target.wants/layered-stores-metrics.socket"
+        "timers.target.wants/layered-stores-metrics.timer"
+      ];
+      lines = [
+        true
+        true
+      ];
+      directory = [ "d '/var/lib/figures' 0755 root root - -" ];
+    };
   };
 
   "test remounting is a matter of polkit, by store" = {
