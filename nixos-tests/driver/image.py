@@ -28,7 +28,10 @@ PACKAGES = (
     *("libconfig-inifiles-perl", "libfile-slurp-perl"),
 )
 # Not installed but there, so that a scenario without a network can do what a guide says.
-KEPT_PACKAGES = ("nix-setup-systemd", "dbus-broker")
+KEPT_PACKAGES = (
+    *("nix-setup-systemd", "dbus-broker"),
+    *("prometheus", "promtool", "prometheus-node-exporter", "adduser"),
+)
 KEPT_IN = "/var/cache/packages"
 UNWANTED_FILES = ("doc", "man", "locale", "info", "lintian", "bug")
 PROVISION = paths.DRIVER / "provision.sh"
