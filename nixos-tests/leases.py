@@ -134,7 +134,7 @@ with subtest(
     until_problems("ci")
 
 with subtest("What is first used while garbage is collected is not lost"):
-    # A collector that never rests, and builds in three stores that each use a path that nothing else
+    # A collector that never rests, and builds in three stores. Each uses a path that nothing else
     # does.
     for store in ("ci", "over", "own"):
         machine.succeed(f"mkdir -p /tmp/{store}; chmod 777 /tmp/{store}")
