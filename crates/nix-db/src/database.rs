@@ -16,7 +16,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{DatabaseError, ObjectName};
+use super::{DatabaseError, Graph, ObjectName};
 
 /// The version that Nix writes into the file `schema` beside a database (`nixSchemaVersion`), since Nix 1.11.
 pub(crate) const SCHEMA: &str = "10";
@@ -233,14 +233,13 @@ fn check_version(dir: &Path) -> Result<(), DatabaseError> {
 impl Snapshot<'_> {
     /// Refuses views and tables of modules in the place of Nix's tables, which run what somebody has put there.
     fn check_tables(&self) -> Result<(), DatabaseError> {
-        for table in ["ValidPaths", "Refs"] {
-            let is_table = "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND rootpage > 0 AND name = ?";
-            let count: i64 = self.connection.query_row(is_table, [table], |row| row.get(0)).map_err(self.sql())?;
-            if count != 1 {
-                return Err(self.foreign(format!("it has no table {table}")));
-            }
-        }
-        Ok(())
+        ["ValidPaths", "Refs"].into_iter().try_for_each(|table| self.check_table(table))
+    }
+
+    fn check_table(&self, table: &str) -> Result<(), DatabaseError> {
+        let is_table = "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND rootpage > 0 AND name = ?";
+        let count: i64 = self.connection.query_row(is_table, [table], |row| row.get(0)).map_err(self.sql())?;
+        if count == 1 { Ok(()) } else { Err(self.foreign(format!("it has no table {table}"))) }
     }
 
     fn sql(&self) -> impl Fn(rusqlite::Error) -> DatabaseError {
@@ -308,5 +307,28 @@ impl Snapshot<'_> {
             referrers.push(self.valid_path(row)?);
         }
         Ok(referrers)
+    }
+
+    /// What the paths have to do with one another.
+    ///
+    /// # Errors
+    /// [`DatabaseError`].
+    pub fn graph(&self) -> Result<Graph, DatabaseError> {
+        self.check_table("DerivationOutputs")?;
+        Graph::read(self)
+    }
+
+    /// Visits the rows of a query without parameters.
+    pub(crate) fn each(
+        &self,
+        select: &str,
+        mut visit: impl FnMut(&Row<'_>) -> rusqlite::Result<()>,
+    ) -> Result<(), DatabaseError> {
+        let mut select = self.connection.prepare(select).map_err(self.sql())?;
+        let mut rows = select.query([]).map_err(self.sql())?;
+        while let Some(row) = rows.next().map_err(self.sql())? {
+            visit(row).map_err(self.sql())?;
+        }
+        Ok(())
     }
 }

@@ -29,10 +29,12 @@
 pub mod collector;
 mod database;
 mod error;
+mod graph;
 pub mod index;
 mod name;
 pub mod roots;
 
 pub use database::{Database, Fingerprint, Snapshot, ValidPath};
 pub use error::DatabaseError;
+pub use graph::{Dead, Graph, Keep};
 pub use name::{NameError, ObjectName};
