@@ -26,7 +26,7 @@ INSTALL ?= install
 
 executables := layered-stores layered-storesd layered-stores-remount layered-stores-index
 units := layered-storesd.service layered-stores-wait.service layered-stores.target layered-stores-nix-daemon@.service \
-	layered-stores-index@.service layered-stores-index@.socket \
+	layered-stores-index@.service layered-stores-index@.socket layered-stores-gc@.service layered-stores-gc@.timer \
 	layered-stores-metrics.timer layered-stores-metrics.service layered-stores-metrics.socket layered-stores-metrics@.service
 interfaces := $(notdir $(wildcard data/org.layeredstores1.*.xml))
 documents := $(wildcard README.md CHANGELOG.md LICENSE-MIT LICENSE-APACHE)
@@ -117,8 +117,10 @@ install: build ## executables, units, D-Bus and polkit files, man pages, complet
 # The mounts are units of their own and stay, as they do when the daemon ends.
 uninstall: ## what install installed, stopped and disabled before; stores and their configuration stay
 	@[ -n "$(DESTDIR)" ] || ! command -v systemctl >/dev/null || { set -x; \
+		systemctl stop 'layered-stores-gc@*.timer' 'layered-stores-gc@*.service'; \
 		systemctl stop 'layered-stores-nix-daemon@*.socket' 'layered-stores-nix-daemon@*.service' 'layered-stores-index@*'; \
-		systemctl disable --now $(filter-out %@.service %@.socket,$(units)) || true; }
+		systemctl disable --now $(filter-out %@.service %@.socket %@.timer,$(units)) || true; \
+		rm -f $(SYSCONFDIR)/systemd/system/timers.target.wants/layered-stores-gc@*.timer; }
 	rm -f $(addprefix $(DESTDIR)$(BINDIR)/,$(executables))
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(units))
 	rm -f $(DESTDIR)$(DBUSPOLICYDIR)/org.layeredstores1.conf

@@ -321,6 +321,7 @@ with subtest("Uninstalled while a store's Nix daemon listens, nothing is left th
     machine.succeed(
         # What the page has its reader write.
         "rm -r /etc/systemd/system/layered-stores-nix-daemon@ci.service.d",
+        "rm -r /etc/systemd/system/layered-stores-gc@ci.service.d",
         f"printf '[stores.ci]\\nlower-store = \"local\"\\n[stores.ci.daemon]\\n' > {CONFIG}",
         "layered-stores reload",
         "layered-stores start ci",

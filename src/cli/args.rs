@@ -5,7 +5,10 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use layered_stores_model::{AbsolutePath, StoreName, config};
 
-use super::log::Shown;
+use super::{
+    collect::amounts::{Bytes, Days},
+    log::Shown,
+};
 
 /// Declares, mounts and looks after layered Nix stores.
 ///
@@ -32,7 +35,8 @@ pub(super) const PROBLEMS: u8 = 3;
 /// What the codes mean that commands end with.
 pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 success, 1 failure, 2 wrong use, 3 there are problems (status, verify,
-doctor) or stores that are not active (start, reload), 130 cancelled by Ctrl-C (verify).";
+doctor), stores that are not active (start, reload) or less free than wanted (gc), 130
+cancelled by Ctrl-C (verify, gc, optimise).";
 
 const FIRST_STEPS: &str = "\
 Build into the store \"ci\":  nix build --store \"$(layered-stores uri ci)\" …
@@ -96,6 +100,40 @@ pub enum Command {
     Verify {
         /// The store
         name: StoreName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Delete what nothing uses from the upper layer of a store, and say how much that has freed
+    ///
+    /// Nix does it, as whoever the store belongs to; the lower store is not touched. What is in use is what Nix's garbage
+    /// collector takes for it. Ctrl-C ends it after the path at which it is, and the store is refreshed.
+    Gc {
+        /// The store
+        name: StoreName,
+        /// Delete no more than it takes until so much is free on the filesystem of the upper layer, the oldest first
+        #[arg(long, value_name = "SIZE")]
+        until_free: Option<Bytes>,
+        /// Remove old generations of the profiles in the store's state directory first, as nix-collect-garbage
+        /// --delete-older-than does it, such as 30d
+        #[arg(long, value_name = "AGE")]
+        older_than: Option<Days>,
+        /// Say what would go, and change nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Delete what the lower store has as well from the upper layer of a store
+    ///
+    /// Nix does it, as whoever the store belongs to. Nobody sees any of it: the same paths show through from below.
+    Optimise {
+        /// The store
+        name: StoreName,
+        /// Say what would go, and change nothing
+        #[arg(long)]
+        dry_run: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -205,6 +243,12 @@ pub enum Internal {
     CountRoom {
         /// The mount points
         points: Vec<String>,
+    },
+    /// Do what standard input says to a store; `gc` and `optimise` run this
+    Collect {
+        /// Become this user first
+        #[arg(long = "as", value_name = "UID")]
+        user: Option<u32>,
     },
     /// Count what directories hold that are named on standard input; `status` runs this
     Count,

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::{
     args::{Arguments, Command, Internal, PROBLEMS},
+    collect::{How, become_user, gc, optimise, work},
     doctor::doctor,
     enter::enter,
     generate,
@@ -55,6 +56,10 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
             each(names, async |client, name| Ok(client.store(&name).await?.remount().await?)).await
         }
         Command::Verify { name, json } => verify(&name, json).await,
+        Command::Gc { name, until_free, older_than, dry_run, json } => {
+            gc(&name, until_free, older_than, How { dry_run, json }).await
+        }
+        Command::Optimise { name, dry_run, json } => optimise(&name, How { dry_run, json }).await,
         Command::Log { name, shown } => match log(&name, &shown).await? {},
         Command::Metrics { textfile } => metrics(textfile.as_deref()).await,
         Command::RemoveData { name, yes } => remove_data(&name, yes).await,
@@ -89,6 +94,11 @@ pub async fn run_internal(command: Internal) -> Result<ExitCode> {
         }
         Internal::ServeMetrics => {
             metrics::answer().await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Internal::Collect { user: Some(uid) } => Err(become_user(uid)),
+        Internal::Collect { user: None } => {
+            work().await?;
             Ok(ExitCode::SUCCESS)
         }
         Internal::NixDaemon { name } => Err(nix_daemon(&name)),

@@ -17,8 +17,33 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How many columns the bar takes with the words around it.
 const TEMPLATE: &str = "{prefix}: {wide_bar} {pos}/{len} paths";
 
+/// It was cancelled by Ctrl-C: 128 and the number of the signal, as shells have it.
+pub(super) const INTERRUPTED: u8 = 130;
+
 /// A bar on the terminal, gone when it is dropped.
-struct Bar(ProgressBar);
+pub(super) struct Bar(ProgressBar);
+
+/// A bar with what it is about in front of it.
+pub(super) fn bar(title: &str) -> Bar {
+    let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()).with_style(style);
+    Bar(bar.with_prefix(title.to_owned()))
+}
+
+impl Bar {
+    /// Shows how far it is. Until it is known how much there is to do there is nothing to show.
+    pub(super) fn show(&self, done: u64, total: u64) {
+        if total > 0 {
+            self.0.set_length(total);
+            self.0.set_position(done);
+        }
+    }
+
+    /// Has something said that stays on the terminal.
+    pub(super) fn aside(&self, say: impl FnOnce()) {
+        self.0.suspend(say);
+    }
+}
 
 impl Drop for Bar {
     fn drop(&mut self) {
@@ -58,15 +83,6 @@ pub(super) async fn follow(job: &Job, title: Option<&str>) -> Result<Option<Vec<
 /// Shows how far a job is. Never returns.
 async fn show(job: &Job, title: Option<&str>) -> Infallible {
     let Some(title) = title else { return std::future::pending().await };
-    let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
-    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()).with_style(style);
-    let bar = Bar(bar.with_prefix(title.to_owned()));
-    job.watch(|done, total| {
-        // Until the paths are counted there is nothing to show.
-        if total > 0 {
-            bar.0.set_length(total);
-            bar.0.set_position(done);
-        }
-    })
-    .await
+    let bar = bar(title);
+    job.watch(|done, total| bar.show(done, total)).await
 }

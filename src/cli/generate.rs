@@ -213,7 +213,20 @@ mod tests {
 
     #[test]
     fn commands_whose_arguments_are_stores_have_them_completed() {
-        let expected = ["status", "uri", "start", "stop", "remount", "verify", "log", "remove-data", "wait", "enter"];
+        let expected = [
+            "status",
+            "uri",
+            "start",
+            "stop",
+            "remount",
+            "verify",
+            "gc",
+            "optimise",
+            "log",
+            "remove-data",
+            "wait",
+            "enter",
+        ];
         assert_eq!(of_stores(), expected);
     }
 

@@ -1,7 +1,9 @@
 //! The command line: asks the daemon over D-Bus and prints what it says.
 
 pub mod args;
+mod collect;
 mod commands;
+mod disk;
 mod doctor;
 mod enter;
 #[cfg(test)]

@@ -16,17 +16,16 @@ use std::{
 
 use layered_stores_client::Properties;
 use layered_stores_overlay::{context::is_tmpfs, probe::is_store_path_name};
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Dir, Mode, ResolveFlags};
 use serde::{Deserialize, Serialize};
+
+use super::disk::{FLAGS, bytes_of, each_below, is_directory};
 
 /// How long it may take altogether.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How many directories are counted at a time: one that hangs holds up no other.
 const THREADS: usize = 16;
-
-/// How deep directories are followed, each with an open descriptor.
-const DEPTH: usize = 512;
 
 /// What a directory of store objects holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,41 +152,14 @@ fn held(directory: &str, deep: bool) -> io::Result<Held> {
     Ok(Held { paths, bytes: bytes(top)?, free, limited })
 }
 
-const FLAGS: OFlags =
-    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
-
-/// Adds up a directory. Files come and go meanwhile, and whoever owns them may put links in their place.
+/// Adds up a directory, files with several names once.
 fn bytes(top: OwnedFd) -> io::Result<u64> {
-    let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    let mut counted = HashSet::new();
-    let mut bytes = 0;
-    let mut open = vec![Dir::new(top)?];
-    while let Some(directory) = open.last_mut() {
-        let Some(entry) = directory.next() else {
-            open.pop();
-            continue;
-        };
-        let entry = entry?;
-        if matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            continue;
+    let (mut counted, mut bytes) = (HashSet::new(), 0);
+    each_below(top, |stat| {
+        if is_directory(stat) || stat.st_nlink == 1 || counted.insert((stat.st_dev, stat.st_ino)) {
+            bytes += bytes_of(stat);
         }
-        let at = directory.fd()?;
-        let Ok(stat) = rustix::fs::statat(at, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW) else { continue };
-        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-        if is_directory || stat.st_nlink == 1 || counted.insert((stat.st_dev, stat.st_ino)) {
-            bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
-        }
-        let below = if is_directory {
-            rustix::fs::openat2(at, entry.file_name(), FLAGS, Mode::empty(), within).ok()
-        } else {
-            None
-        };
-        if let Some(below) = below
-            && open.len() < DEPTH
-        {
-            open.push(Dir::new(below)?);
-        }
-    }
+    })?;
     Ok(bytes)
 }
 
@@ -219,7 +191,9 @@ fn in_unit(bytes: u64, unit: usize) -> String {
 mod tests {
     use std::{fs, os::unix::fs::symlink, path::Path};
 
-    use super::*;
+    use rustix::fs::{AtFlags, OFlags};
+
+    use super::{super::disk::DEPTH, *};
 
     fn of(directory: &Path) -> Held {
         held(&directory.to_string_lossy(), true).expect("counted")

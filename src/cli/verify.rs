@@ -9,13 +9,10 @@ use serde_json::json;
 
 use super::{
     args::PROBLEMS,
-    follow::{follow, is_watched},
+    follow::{INTERRUPTED, follow, is_watched},
     output::{complain, print, print_json},
     render,
 };
-
-/// It was cancelled by Ctrl-C: 128 and the number of the signal, as shells have it.
-const INTERRUPTED: u8 = 130;
 
 /// Has the daemon look at every path of a store, and names those that are wrong.
 pub(super) async fn verify(name: &StoreName, json: bool) -> Result<ExitCode> {
