@@ -54,6 +54,61 @@ let
     };
   };
 
+  # As `nix.gc` of NixOS has it.
+  gc = {
+    automatic = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = ''
+        Whether garbage is collected in this store at set times, by
+        `layered-stores-gc-NAME.timer`. The lower store is not touched.
+      '';
+    };
+
+    dates = mkOption {
+      type = types.either types.singleLineStr (types.listOf types.singleLineStr);
+      default = "03:15";
+      example = "weekly";
+      description = ''
+        When, in the format of {manpage}`systemd.time(7)`. With several, each of them.
+      '';
+    };
+
+    options = mkOption {
+      type = types.strMatching " *(--(until-free|older-than)[ =][^ \n\t-][^ \n\t]* *)*" // {
+        description = "options of `layered-stores gc`, of which there are --until-free and --older-than";
+        descriptionClass = "noun";
+      };
+      default = "";
+      example = "--until-free 20G --older-than 30d";
+      description = ''
+        What `layered-stores gc` is told. With nothing, all that has no root goes, and generations
+        of profiles stay.
+      '';
+    };
+
+    persistent = mkOption {
+      type = types.bool;
+      default = true;
+      example = false;
+      description = ''
+        Whether it is made up for when the machine comes up, if the machine was off when it was
+        due.
+      '';
+    };
+
+    randomizedDelaySec = mkOption {
+      type = types.singleLineStr;
+      default = "0";
+      example = "45min";
+      description = ''
+        How much later than {option}`gc.dates` it may begin, by chance; a time span in the format
+        of {manpage}`systemd.time(7)`.
+      '';
+    };
+  };
+
   store =
     { name, ... }:
     {
@@ -64,7 +119,7 @@ let
             memory, and are gone with the next boot'';
         };
 
-        inherit daemon;
+        inherit daemon gc;
 
         remountUsers = mkOption {
           type = types.listOf types.str;

@@ -87,6 +87,42 @@ let
 
   textfile = if cfg.metrics.enable then cfg.metrics.textfile else null;
 
+  # The drop-in of an instance hides that of the template here as well.
+  gcUnit = name: "layered-stores-gc@${name}";
+  gcService = {
+    overrideStrategy = "asDropin";
+    path = [ config.nix.package ];
+    # A switch is no reason to collect garbage, and none to break it off.
+    restartIfChanged = false;
+  };
+  gcStores = lib.filterAttrs (_name: { gc, ... }: gc.automatic || gc.options != "") cfg.stores;
+  gcServiceOf =
+    name:
+    { gc, mountUnit, ... }:
+    lib.nameValuePair (gcUnit name) (
+      gcService
+      // {
+        environment.OPTIONS = gc.options;
+        # Ends before the mount does when the machine is shut down.
+        after = [ mountUnit ];
+      }
+    );
+  gcTimerOf =
+    name:
+    { gc, ... }:
+    # Not an instance of the package's template: a switch would leave that running when it goes.
+    lib.nameValuePair "layered-stores-gc-${name}" {
+      description = "Timer of the Garbage Collection in the Layered Nix Store ${name}";
+      documentation = [ "man:layered-stores-gc(1)" ];
+      wantedBy = [ "timers.target" ];
+      timerConfig = {
+        Unit = "${gcUnit name}.service";
+        OnCalendar = lib.toList gc.dates;
+        Persistent = gc.persistent;
+        RandomizedDelaySec = gc.randomizedDelaySec;
+      };
+    };
+
   remountRule = name: store: ''
     // services.layeredStores.stores.${name}: who may have it remounted
     polkit.addRule(function(action, subject) {
@@ -147,12 +183,14 @@ in
         wantedBy = [ "sockets.target" ];
       };
     };
-    systemd.timers = lib.mkIf (textfile != null) {
-      layered-stores-metrics = {
-        overrideStrategy = "asDropin";
-        wantedBy = [ "timers.target" ];
-      };
-    };
+    systemd.timers =
+      lib.optionalAttrs (textfile != null) {
+        layered-stores-metrics = {
+          overrideStrategy = "asDropin";
+          wantedBy = [ "timers.target" ];
+        };
+      }
+      // lib.mapAttrs' gcTimerOf (lib.filterAttrs (_name: { gc, ... }: gc.automatic) cfg.stores);
     systemd.tmpfiles.rules = lib.mkIf (textfile != null) [
       "d '${dirOf textfile}' 0755 root root - -"
     ];
@@ -178,6 +216,8 @@ in
       };
 
       ${nixDaemonUnit ""} = nixDaemon;
+
+      ${gcUnit ""} = gcService;
     }
     // lib.optionalAttrs (textfile != null) {
       layered-stores-metrics = {
@@ -186,6 +226,7 @@ in
         serviceConfig.ReadWritePaths = [ (dirOf textfile) ];
       };
     }
+    // lib.mapAttrs' gcServiceOf gcStores
     // lib.listToAttrs (
       map ({ name, ... }: lib.nameValuePair (nixDaemonUnit name) (nixDaemonOf name)) (
         lib.filter (store: store.socketPath != null) stores

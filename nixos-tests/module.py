@@ -156,6 +156,18 @@ with subtest("Figures are written where the option says, and told over the socke
     t.assertEqual(machine.succeed("ls -A /var/lib/figures"), "layered-stores.prom\n")
     machine.succeed("test -S /run/layered-stores-metrics.sock")
 
+with subtest("Garbage is collected when it is to be, with what was said about it"):
+    machine.require_unit_state("layered-stores-gc-plain.timer")
+    due = machine.succeed("systemctl show -P TimersCalendar layered-stores-gc-plain.timer")
+    t.assertEqual(
+        re.findall(r"OnCalendar=(.*?) ;", due), ["Mon *-*-* 04:00:00", "Thu *-*-* 05:00:00"]
+    )
+    machine.succeed("systemctl start layered-stores-gc@plain.service", timeout=120)
+    after = machine.get_unit_property("layered-stores-gc@plain.service", "After").split()
+    t.assertIn(status("plain")["mount-unit"], after)
+    said = machine.succeed("journalctl --sync", "journalctl -q -o cat -u layered-stores-gc@plain")
+    t.assertRegex(said, "(?m)^plain: 0 paths deleted, 0 B freed; .* free$")
+
 with subtest("Whom remountUsers names may have that store remounted, and nobody else any"):
     machine.succeed("runuser -u alice -- layered-stores remount ci")
     machine.fail("runuser -u alice -- layered-stores remount plain")

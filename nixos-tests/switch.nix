@@ -21,6 +21,7 @@
           daemon.allowedUsers = [ "alice" ];
           # So that the switch has something to compare when it goes.
           daemon.serviceConfig.TasksMax = 4000;
+          gc.automatic = true;
         };
         served = {
           lowerStore = "local";
@@ -49,7 +50,7 @@
         );
         # There is one store more.
         added = with' (stores // { added.lowerStore = "local"; });
-        # A store is gone, and its Nix daemon with it.
+        # A store is gone, and with it its Nix daemon and its timer.
         removed = with' (removeAttrs stores [ "doomed" ]);
         # A Nix daemon may take less memory.
         limited = with' (

@@ -90,6 +90,8 @@ def run() -> None:
         machine.succeed(f"test -e {STORES}/added/upper/data")
 
     with subtest("A store that is gone is taken down with its Nix daemon, and its data stays"):
+        # As at boot.
+        machine.succeed("systemctl start layered-stores-gc-doomed.timer")
         machine.succeed(f"touch {STORES}/doomed/root/nix/store/data")
         switch("removed")
         t.assertEqual(sorted(states()), ["changed", "kept", "served"])
@@ -97,6 +99,7 @@ def run() -> None:
         machine.fail(f"mountpoint --quiet {STORES}/doomed/root/nix/store")
         machine.fail("test -e /run/layered-stores/doomed/daemon.sock")
         machine.fail("systemctl is-active layered-stores-nix-daemon@doomed.service")
+        machine.fail("systemctl is-active layered-stores-gc-doomed.timer")
         t.assertEqual((main_pid(daemon), main_pid(nix_daemon)), pids)
         switch()
         machine.succeed(f"test -e {STORES}/doomed/root/nix/store/data")

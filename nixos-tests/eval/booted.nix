@@ -29,7 +29,19 @@ let
             upperLayer = "/data/upper";
             workDir = "/data/work";
           };
-          plain.lowerStore = "local";
+          plain = {
+            lowerStore = "local";
+            gc = {
+              automatic = true;
+              dates = [
+                "Mon 04:00"
+                "Thu 05:00"
+              ];
+              options = "--until-free 1M --older-than 30d";
+              persistent = false;
+              randomizedDelaySec = "45min";
+            };
+          };
           top.lowerStore = "layered:plain";
           scratch = {
             lowerStore = "local";

@@ -22,6 +22,7 @@ let
           MemoryMax = "8G";
           TasksMax = 4096;
         };
+        gc.automatic = true;
         remountUsers = [ "alice" ];
         remountGroups = [
           "ci"
@@ -91,6 +92,7 @@ let
   daemon = "layered-storesd.service.d/overrides.conf";
   template = "layered-stores-nix-daemon@.service.d/overrides.conf";
   instance = name: "layered-stores-nix-daemon@${name}.service.d/overrides.conf";
+  gc = instance: "layered-stores-gc@${instance}.d/overrides.conf";
   has = unit: has' ci.units.${unit};
   has' = text: line: lib.elem line (lines text);
 in
@@ -105,6 +107,9 @@ in
       packages = [ "layered-stores" ];
       units = [
         "layered-stores-filesystems-ci.target"
+        "layered-stores-gc-ci.timer"
+        "layered-stores-gc@.service.d/overrides.conf"
+        (gc "ci.service")
         template
         (instance "ci")
         "layered-stores-wait.service.d/overrides.conf"
@@ -113,6 +118,7 @@ in
       ];
       wants = [
         "layered-storesd.service.wants/layered-stores-filesystems-ci.target"
+        "timers.target.wants/layered-stores-gc-ci.timer"
         "multi-user.target.wants/layered-stores.target"
         "multi-user.target.wants/layered-storesd.service"
       ];
@@ -268,6 +274,77 @@ in
     expected = {
       CURL_CA_BUNDLE = "/elsewhere/bundle.crt";
       NIX_SSL_CERT_FILE = "/elsewhere/bundle.crt";
+    };
+  };
+
+  "test garbage is collected as nix.gc does it" = {
+    expr =
+      let
+        of =
+          gc:
+          (nixos.evaluateSystem [
+            nixos.onDebian
+            (layered {
+              stores.ci = {
+                lowerStore = "local";
+                root = "/srv/root";
+                inherit gc;
+              };
+            })
+          ]);
+        said =
+          evaluated: unit: prefixes:
+          lib.filter (line: lib.any (prefix: lib.hasPrefix prefix line) prefixes) (
+            lines (evaluated.units.${unit} or "")
+          );
+        timer = gc: said (of gc) "layered-stores-gc-ci.timer" [ "OnCalendar" "Persistent" "Randomized" "Unit=" ];
+        unit = "layered-stores-gc@ci.service.d/overrides.conf";
+        service = gc: said (of gc) unit [ "After" "Environment=\"OPTIONS" "X-Restart" ];
+      in
+      {
+        none = timer { } ++ service { };
+        timer = timer { automatic = true; };
+        timers = timer {
+          automatic = true;
+          dates = [
+            "Mon 04:00"
+            "weekly"
+          ];
+          persistent = false;
+          randomizedDelaySec = "45min";
+        };
+        service = service {
+          automatic = true;
+          options = "--until-free 20G --older-than=30d";
+        };
+        # For who starts it by hand.
+        byHand = service { options = "--older-than 30d"; };
+      };
+    expected = {
+      none = [ ];
+      timer = [
+        "OnCalendar=03:15"
+        "Persistent=true"
+        "RandomizedDelaySec=0"
+        "Unit=layered-stores-gc@ci.service"
+      ];
+      timers = [
+        "OnCalendar=Mon 04:00"
+        "OnCalendar=weekly"
+        "Persistent=false"
+        "RandomizedDelaySec=45min"
+        "Unit=layered-stores-gc@ci.service"
+      ];
+      service = [
+        "After=srv-root-nix-store.mount"
+        "Environment=\"OPTIONS=--until-free 20G --older-than=30d\""
+        "X-RestartIfChanged=false"
+      ];
+      byHand = [
+        "After=srv-root-nix-store.mount"
+        "Environment=\"OPTIONS=--older-than 30d\""
+        "X-RestartIfChanged=false"
+      ];
     };
   };
 

@@ -48,10 +48,15 @@ mod tests {
 
     /// What a store has on NixOS and not in the configuration: switches for a part of it, what NixOS itself is told, and what
     /// follows from the others.
-    const WITHOUT_KEY: [&str; 8] = [
+    const WITHOUT_KEY: [&str; 13] = [
         "daemon.enable",
         "daemon.serviceConfig",
         "ephemeral.enable",
+        "gc.automatic",
+        "gc.dates",
+        "gc.options",
+        "gc.persistent",
+        "gc.randomizedDelaySec",
         "mountUnit",
         "realStoreDir",
         "remountGroups",

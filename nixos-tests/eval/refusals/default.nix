@@ -79,6 +79,12 @@ import ./paths.nix { inherit lib words; }
     ];
   };
 
+  # Garbage collection
+  "gc, an option that is no use" = typed "gc.options" { gc.options = "--max-freed 1G"; };
+  "gc, an option without its value" = typed "gc.options" { gc.options = "--until-free"; };
+  "gc, one for its value" = typed "gc.options" { gc.options = "--until-free --older-than 3d"; };
+  "gc, several lines" = typed "gc.options" { gc.options = "--until-free 1G\n"; };
+
   # Ephemeral stores
   "ephemeral, no size" = asserted (ci { ephemeral.enable = true; }) [
     "${optionOf "ci" "ephemeral.size"}: an ephemeral store needs a size, or it could fill the memory; set it, for example to \"2G\""
