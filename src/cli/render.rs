@@ -68,7 +68,9 @@ pub(super) fn one(store: &Properties, usage: Usage) -> String {
     );
     line("", &held);
     if store.contents_known {
-        line("contents", &contents(store));
+        let (own, lower) = contents(store);
+        line("contents", &own);
+        line("", &lower);
     }
     line("real store dir", &store.real_store_dir);
     line("mount unit", &store.mount_unit);
@@ -89,19 +91,13 @@ pub(super) fn one(store: &Properties, usage: Usage) -> String {
     text
 }
 
-/// What is in a store, by its database.
-fn contents(store: &Properties) -> String {
-    let mut text = format!("{} valid of its own ({})", store.upper_path_count, human(store.upper_nar_size));
+/// What is in a store, by its database: of its own, and of the lower store.
+fn contents(store: &Properties) -> (String, String) {
+    let mut own = format!("{} valid of its own, {}", store.upper_path_count, human(store.upper_nar_size));
     if store.shadowed_path_count > 0 {
-        let _ = write!(
-            text,
-            ", {} also in the lower store ({})",
-            store.shadowed_path_count,
-            human(store.shadowed_nar_size)
-        );
+        let _ = write!(own, "; {} in both, {}", store.shadowed_path_count, human(store.shadowed_nar_size));
     }
-    let _ = write!(text, "; {} of the lower store, {} kept there", store.lower_path_count, store.lease_count);
-    text
+    (own, format!("{} of the lower store, {} kept there", store.lower_path_count, store.lease_count))
 }
 
 /// All stores, a line each, and then what is wrong.
