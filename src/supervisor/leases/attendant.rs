@@ -49,9 +49,9 @@ pub(super) struct Attendant {
     owed: HashSet<ObjectName>,
     report: Report,
     tell: Tell,
-    /// From when on it may be told again.
+    /// What was told last, and from when on it may be told again.
+    told: Report,
     tell_from: Instant,
-    is_told: bool,
     write_at: Option<Instant>,
     again_at: Option<Instant>,
 }
@@ -77,8 +77,8 @@ impl Attendant {
             owed: HashSet::new(),
             report: Report::default(),
             tell,
+            told: Report::default(),
             tell_from: Instant::now(),
-            is_told: true,
             write_at: None,
             again_at: None,
         }
@@ -118,13 +118,14 @@ impl Attendant {
     }
 
     fn tell_at(&self) -> Option<Instant> {
-        (!self.is_told).then_some(self.tell_from)
+        (self.report != self.told).then_some(self.tell_from)
     }
 
     async fn due(&mut self) {
         let now = Instant::now();
         if self.tell_at().is_some_and(|at| at <= now) {
-            (self.is_told, self.tell_from) = (true, now + TELL);
+            self.tell_from = now + TELL;
+            self.told.clone_from(&self.report);
             (self.tell)(&self.spec.name, self.report.clone()).await;
         }
         if self.again_at.is_some_and(|at| at <= now) {
@@ -141,7 +142,6 @@ impl Attendant {
 
     /// Hears of the store itself.
     async fn hears(&mut self, told: Told) {
-        let before = self.report.clone();
         if self.spec.leases == Leases::Used {
             self.keep_what_is_told(&told).await;
         }
@@ -161,12 +161,10 @@ impl Attendant {
                 }
             }
         }
-        self.is_told &= self.report == before;
     }
 
     /// Hears of the store underneath, all of which is kept.
     async fn hears_of_lower(&mut self, told: Told) {
-        let before = self.report.clone();
         self.keep_what_is_told(&told).await;
         match told {
             Told::Unreachable(why) => self.report.unleased = Some(why),
@@ -174,7 +172,6 @@ impl Attendant {
             Told::Answer(Answer::State { .. }) if self.owed.is_empty() => self.report.unleased = None,
             _ => {}
         }
-        self.is_told &= self.report == before;
     }
 
     /// Keeps what is said to be used, and nothing else once all of it was said.
@@ -263,7 +260,6 @@ impl Attendant {
     }
 
     fn cannot_keep(&mut self, why: String) {
-        self.is_told &= self.report.unleased.as_ref() == Some(&why);
         self.report.unleased = Some(why);
         self.again_at = Some(Instant::now() + AGAIN);
     }

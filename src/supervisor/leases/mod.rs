@@ -15,6 +15,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
 };
 
 use attendant::Attendant;
@@ -33,6 +34,9 @@ use turns::{Member, take_turns};
 
 use super::handle::Command;
 use crate::systemd::Units;
+
+/// How long it is gathered which stores come up and go down: at a start, hundreds do.
+const GATHER: Duration = Duration::from_millis(20);
 
 /// A store that is up.
 #[derive(Clone, Debug)]
@@ -140,10 +144,8 @@ pub(super) async fn keep(mut stores: watch::Receiver<Stores>, units: Units, engi
     });
     loop {
         let up = Arc::clone(&stores.borrow_and_update());
-        let is_same = |name: &StoreName, attendance: &Attendance| {
-            up.iter().any(|attended| attended.spec.name == *name && *attended == attendance.attended)
-        };
-        attendances.retain(|name, attendance| is_same(name, attendance));
+        let by_name: HashMap<_, _> = up.iter().map(|attended| (&attended.spec.name, attended)).collect();
+        attendances.retain(|name, attendance| by_name.get(name).is_some_and(|now| **now == attendance.attended));
         for attended in &*up {
             attendances
                 .entry(attended.spec.name.clone())
@@ -152,6 +154,7 @@ pub(super) async fn keep(mut stores: watch::Receiver<Stores>, units: Units, engi
         if stores.changed().await.is_err() {
             return;
         }
+        tokio::time::sleep(GATHER).await;
     }
 }
 
