@@ -11,6 +11,7 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::PathBuf,
+    sync::OnceLock,
 };
 
 use rustix::{
@@ -28,7 +29,9 @@ const SOCKET: &str = "socket";
 #[derive(Debug)]
 pub struct GcLock {
     fd: OwnedFd,
-    inode: u64,
+    /// How the kernel's table of locks calls the file: the device is not what stat(2) says on every filesystem. Known once it was
+    /// held.
+    file: OnceLock<String>,
 }
 
 impl GcLock {
@@ -57,7 +60,7 @@ impl GcLock {
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(Errno::INVAL);
         }
-        Ok(Self { fd, inode: stat.st_ino })
+        Ok(Self { fd, file: OnceLock::new() })
     }
 
     /// Takes it together with others. Whether that could be had at once: if not, there is a collector.
@@ -76,7 +79,10 @@ impl GcLock {
         loop {
             match rustix::fs::flock(&self.fd, FlockOperation::LockShared) {
                 Err(Errno::INTR) => {}
-                result => return result,
+                result => {
+                    self.learn();
+                    return result;
+                }
             }
         }
     }
@@ -110,7 +116,21 @@ impl GcLock {
     /// # Errors
     /// When that cannot be read.
     pub fn holders(&self) -> io::Result<Holders> {
-        Ok(Holders::of(&std::fs::read_to_string("/proc/locks")?, self.inode))
+        let Some(file) = self.file.get() else { return Ok(Holders::default()) };
+        Ok(Holders::of(&std::fs::read_to_string("/proc/locks")?, file))
+    }
+
+    /// Finds out how the table calls the file, by what the kernel says of the lock that this holds (proc_pid_fdinfo(5)).
+    fn learn(&self) {
+        if self.file.get().is_some() {
+            return;
+        }
+        let path = format!("/proc/thread-self/fdinfo/{}", self.fd.as_raw_fd());
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let lock = text.lines().find_map(|line| line.strip_prefix("lock:"));
+        if let Some(file) = lock.and_then(|lock| lock.split_ascii_whitespace().nth(5)) {
+            let _ = self.file.set(file.to_owned());
+        }
     }
 
     /// The file, to be watched.
@@ -129,9 +149,7 @@ pub struct Holders {
 }
 
 impl Holders {
-    /// By the inode of the file: which device the table names is not what stat(2) says on every filesystem. A file of the same number
-    /// elsewhere is taken for it, which makes for a turn that nobody wanted.
-    fn of(table: &str, inode: u64) -> Self {
+    fn of(table: &str, wanted: &str) -> Self {
         let mut holders = Self::default();
         for line in table.lines() {
             let mut words = line.split_ascii_whitespace().skip(1).peekable();
@@ -141,7 +159,7 @@ impl Holders {
             else {
                 continue;
             };
-            if file.rsplit(':').next().and_then(|number| number.parse().ok()) == Some(inode) {
+            if file == wanted {
                 holders.alone |= !waits;
                 holders.waiting |= waits;
             }
@@ -223,11 +241,11 @@ mod tests {
                      3: FLOCK  ADVISORY  WRITE 71 fe:00:44 0 EOF\n\
                      4: -> FLOCK  ADVISORY  READ 71 fe:00:44 0 EOF\n\
                      5: OFDLCK ADVISORY  READ -1 fe:00:42 0 0\n";
-        let of = |inode| Holders::of(table, inode);
-        assert_eq!(of(42), Holders { alone: false, waiting: true });
-        assert_eq!(of(43), Holders::default());
-        assert_eq!(of(44), Holders { alone: true, waiting: false });
-        assert_eq!(of(4), Holders::default());
+        let of = |file| Holders::of(table, file);
+        assert_eq!(of("00:1f:42"), Holders { alone: false, waiting: true });
+        assert_eq!(of("fe:00:42"), Holders::default(), "another file of that number");
+        assert_eq!(of("fe:00:43"), Holders::default());
+        assert_eq!(of("fe:00:44"), Holders { alone: true, waiting: false });
     }
 
     #[test]
@@ -235,7 +253,7 @@ mod tests {
         let dir = tempfile::TempDir::new().expect("made");
         let state = crate::roots::open_dir(dir.path()).expect("opened");
         let (ours, theirs) = (GcLock::open(&state).expect("made"), GcLock::open(&state).expect("there"));
-        assert!(ours.try_share().expect("locked"));
+        ours.share().expect("locked");
         assert!(!theirs.try_take().expect("refused"));
         assert_eq!(ours.holders().expect("read"), Holders::default());
         std::thread::scope(|scope| {

@@ -62,13 +62,20 @@ impl FromStr for ObjectName {
             Some((hash, [b'-', rest @ ..]))
                 if hash.iter().all(|byte| DIGITS.contains(byte))
                     && (1..=LONGEST).contains(&rest.len())
-                    && rest.iter().copied().all(is_of_name) =>
+                    && rest.iter().copied().all(is_of_name)
+                    && !is_dots(rest) =>
             {
                 Ok(Self(name.into()))
             }
             _ => Err(NameError::of(name)),
         }
     }
+}
+
+/// What Nix takes for no name (`checkName` in src/libstore/path.cc): dots alone, or with a dash behind them. It ends where it finds
+/// one in a list of roots.
+fn is_dots(rest: &[u8]) -> bool {
+    matches!(rest, [b'.'] | [b'.', b'.'] | [b'.', b'-', ..] | [b'.', b'.', b'-', ..])
 }
 
 impl fmt::Display for ObjectName {
@@ -90,6 +97,7 @@ mod tests {
         assert_eq!(HELLO.parse::<ObjectName>().expect("a name").as_str(), HELLO);
         let long = format!("{}-{}", &HELLO[..HASH], "a".repeat(LONGEST));
         assert!(long.parse::<ObjectName>().is_ok());
+        assert!(format!("{}-.a", &HELLO[..HASH]).parse::<ObjectName>().is_ok());
         for wrong in [
             "",
             "hello",
@@ -103,6 +111,10 @@ mod tests {
             // `e` is no digit of nix32.
             &HELLO.replacen('s', "e", 1),
             &HELLO.replace('.', "ä"),
+            &format!("{}-.", &HELLO[..HASH]),
+            &format!("{}-..", &HELLO[..HASH]),
+            &format!("{}-.-a", &HELLO[..HASH]),
+            &format!("{}-..-a", &HELLO[..HASH]),
         ] {
             assert_eq!(wrong.parse::<ObjectName>(), Err(NameError(wrong.to_owned())), "{wrong:?}");
         }

@@ -219,7 +219,7 @@ fn names(dir: BorrowedFd<'_>) -> Result<HashSet<ObjectName>, Errno> {
 pub fn temporary(state_dir: impl AsFd) -> Result<HashSet<ObjectName>, Errno> {
     /// How much is read, in bytes. Whoever owns the store can put anything there: a pipe, which would be waited for, or a file
     /// without an end.
-    const LONGEST: usize = 64 << 20;
+    const LONGEST: usize = 4 << 20;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let dir = match rustix::fs::openat(state_dir, "temproots", DIRECTORY, Mode::empty()) {
         Err(Errno::NOENT) => return Ok(HashSet::new()),
@@ -241,10 +241,7 @@ pub fn temporary(state_dir: impl AsFd) -> Result<HashSet<ObjectName>, Errno> {
         }
         let mut text = Vec::new();
         while left > 0 {
-            let count = rustix::io::read(&file, &mut buffer)?;
-            if count == 0 {
-                break;
-            }
+            let Ok(count @ 1..) = rustix::io::read(&file, &mut buffer) else { break };
             left = left.saturating_sub(count);
             text.extend_from_slice(&buffer[..count]);
         }
@@ -256,12 +253,17 @@ pub fn temporary(state_dir: impl AsFd) -> Result<HashSet<ObjectName>, Errno> {
     Ok(found)
 }
 
-/// Opens a directory as it is, for those who are sure of it.
+/// Opens a directory, with no link on the way.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn open_dir(path: &std::path::Path) -> Result<OwnedFd, Errno> {
-    rustix::fs::openat(CWD, path, DIRECTORY, Mode::empty())
+    rustix::fs::openat2(CWD, path, DIRECTORY, Mode::empty(), rustix::fs::ResolveFlags::NO_SYMLINKS)
+}
+
+/// Whether there is something of a name in a directory of objects.
+pub fn has(dir: impl AsFd, name: &ObjectName) -> bool {
+    rustix::fs::statat(dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok()
 }
 
 /// Roots that hold for as long as this is there, as Nix's own do while it works with a path: a file in `temproots` that is locked.
@@ -270,6 +272,9 @@ pub struct TemporaryRoots {
     dir: OwnedFd,
     name: String,
     file: OwnedFd,
+    /// What is in the file, and how long that is.
+    names: HashSet<ObjectName>,
+    length: u64,
 }
 
 impl TemporaryRoots {
@@ -294,7 +299,7 @@ impl TemporaryRoots {
             give(&file, dir.as_fd()).map_err(RootsError::sys("give away a file in", AT))?;
             rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
                 .map_err(RootsError::sys("lock a file in", AT))?;
-            return Ok(Self { dir, name, file });
+            return Ok(Self { dir, name, file, names: HashSet::new(), length: 0 });
         }
         Err(RootsError::sys("make a file in", AT)(Errno::EXIST))
     }
@@ -302,19 +307,34 @@ impl TemporaryRoots {
     /// Adds some.
     ///
     /// # Errors
-    /// [`RootsError`].
+    /// [`RootsError`]: nothing was added then.
     pub fn add(&mut self, names: &HashSet<ObjectName>) -> Result<(), RootsError> {
+        /// More than a collection can have to do with. Whoever asks may be anybody.
+        const MOST: usize = 200_000;
+        let new: Vec<_> = names.difference(&self.names).cloned().collect();
+        if self.names.len() + new.len() > MOST {
+            return Err(RootsError::sys("keep so much in", "temproots")(Errno::DQUOT));
+        }
         let mut text = Vec::new();
-        for name in names {
+        for name in &new {
             text.extend_from_slice(b"/nix/store/");
             text.extend_from_slice(name.as_str().as_bytes());
             text.push(0);
         }
         let mut rest = &text[..];
         while !rest.is_empty() {
-            let written = rustix::io::write(&self.file, rest).map_err(RootsError::sys("write to", "temproots"))?;
-            rest = rest.get(written..).unwrap_or_default();
+            match rustix::io::write(&self.file, rest) {
+                Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+                Err(errno) => {
+                    // Nix ends where it finds half a path.
+                    let _ = rustix::fs::ftruncate(&self.file, self.length);
+                    let _ = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Start(self.length));
+                    return Err(RootsError::sys("write to", "temproots")(errno));
+                }
+            }
         }
+        self.length += u64::try_from(text.len()).unwrap_or_default();
+        self.names.extend(new);
         Ok(())
     }
 }

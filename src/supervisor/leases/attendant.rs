@@ -7,10 +7,10 @@ use std::{
     time::Duration,
 };
 
-use layered_stores_model::{Leases, StoreSpec};
+use layered_stores_model::{Leases, StoreSpec, excerpt};
 use layered_stores_nix_db::{
     ObjectName,
-    index::protocol::{Answer, Objects, Places},
+    index::protocol::{Answer, EXAMPLES, Objects, Places},
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     Attended, Report, Tell,
     index::{Indexes, Told, Watching},
-    lower::Lower,
+    lower::{Claim, LeaseError, Lower},
 };
 
 /// How often it is told what is in a store that is changing.
@@ -29,8 +29,20 @@ const TELL: Duration = Duration::from_secs(1);
 /// How soon what is kept is written to the disk for good.
 const WRITE: Duration = Duration::from_secs(2);
 
+/// How much of what an index says is shown, in bytes.
+const LONGEST: usize = 500;
+
 /// How soon it is tried again to keep what could not be kept.
 const AGAIN: Duration = Duration::from_secs(10);
+
+/// What is still to be done about what is kept.
+#[derive(Default)]
+struct Owed {
+    /// Nothing but this is to be kept.
+    only: Option<Arc<HashSet<ObjectName>>>,
+    add: HashSet<ObjectName>,
+    remove: HashSet<ObjectName>,
+}
 
 /// What is known of a store, and what is kept for it.
 pub(super) struct Attendant {
@@ -45,8 +57,12 @@ pub(super) struct Attendant {
     next: u64,
     /// All that is to be kept, while all of it is being told.
     all: Option<HashSet<ObjectName>>,
-    /// What is to be kept and could not be.
-    owed: HashSet<ObjectName>,
+    claim: Claim,
+    /// Where objects underneath lie.
+    objects: Arc<[PathBuf]>,
+    owed: Owed,
+    /// Whether the index can be asked.
+    is_reachable: bool,
     report: Report,
     tell: Tell,
     /// What was told last, and from when on it may be told again.
@@ -65,16 +81,22 @@ impl Attendant {
         syncs: mpsc::Receiver<oneshot::Sender<()>>,
         tell: Tell,
     ) -> Self {
+        let claim = Claim::take(&lower.state_dir, &attended.spec.name);
+        let places = places(&attended.spec, &attended.beneath);
+        let objects = places.objects.iter().flat_map(|objects| objects.lowers.clone()).collect();
         Self {
             spec: Arc::clone(&attended.spec),
             lower,
-            watching: indexes.watch(attended.uid, places(&attended.spec, &attended.beneath)),
+            watching: indexes.watch(attended.uid, places),
             valid: None,
             syncs,
             waiting: HashMap::new(),
             next: 0,
             all: None,
-            owed: HashSet::new(),
+            claim,
+            objects,
+            owed: Owed::default(),
+            is_reachable: true,
             report: Report::default(),
             tell,
             told: Report::default(),
@@ -88,11 +110,7 @@ impl Attendant {
     pub(super) async fn attend(mut self, indexes: Indexes) {
         match self.spec.leases {
             Leases::Used => {}
-            Leases::All => {
-                let db = self.lower.state_dir.as_path().join("db");
-                let uid = owner_of(db.join("db.sqlite")).await;
-                self.valid = Some(indexes.watch(uid, Places { db, objects: None }));
-            }
+            Leases::All => self.watch_lower(&indexes).await,
             // What was kept before.
             Leases::None => self.keep_only(HashSet::new()).await,
         }
@@ -108,6 +126,9 @@ impl Attendant {
                     None => return,
                 },
                 Some(done) = self.syncs.recv() => {
+                    if !self.is_reachable {
+                        continue;
+                    }
                     self.next += 1;
                     self.waiting.insert(self.next, done);
                     self.watching.sync(self.next);
@@ -130,13 +151,30 @@ impl Attendant {
         }
         if self.again_at.is_some_and(|at| at <= now) {
             self.again_at = None;
-            self.keep(Vec::new()).await;
+            self.settle().await;
         }
         if self.write_at.is_some_and(|at| at <= now) {
             self.write_at = None;
-            if let Err(error) = self.lower.sync(&self.spec.name).await {
+            if let Err(error) = self.lower.sync(&self.spec.name, &self.claim).await {
+                self.will_write();
                 self.cannot_keep(error.to_string());
             }
+        }
+    }
+
+    /// Watches the database of the store underneath, as whoever its state directory belongs to.
+    async fn watch_lower(&mut self, indexes: &Indexes) {
+        let state_dir = self.lower.state_dir.clone();
+        let look = move || {
+            let dir = Lower::open(&state_dir)?;
+            rustix::fs::fstat(&dir).map(|stat| stat.st_uid).map_err(|errno| LeaseError::Lock(state_dir.clone(), errno))
+        };
+        match self.lower.blocking(look).await {
+            Ok(uid) => {
+                let db = self.lower.state_dir.as_path().join("db");
+                self.valid = Some(indexes.watch(uid, Places { db, objects: None }));
+            }
+            Err(error) => self.cannot_keep(error.to_string()),
         }
     }
 
@@ -146,13 +184,20 @@ impl Attendant {
             self.keep_what_is_told(&told).await;
         }
         match told {
-            Told::Begun | Told::Answer(Answer::Used { .. }) => {}
+            Told::Begun => self.is_reachable = true,
+            Told::Answer(Answer::Used { .. }) => {}
             Told::Unreachable(why) => {
+                self.is_reachable = false;
                 self.report.unreadable = Some(why);
                 self.waiting.clear();
             }
-            Told::Answer(Answer::State { contents, failure, synced, .. }) => {
-                self.report.unreadable = failure.map(|failure| failure.message);
+            Told::Answer(Answer::State { mut contents, failure, synced, .. }) => {
+                // The index says what its user likes.
+                contents.lost.truncate(EXAMPLES);
+                for lost in &mut contents.lost {
+                    lost.referrers.truncate(1);
+                }
+                self.report.unreadable = failure.map(|failure| excerpt(&failure.message, LONGEST));
                 self.report.contents = Some(contents);
                 for token in synced {
                     if let Some(done) = self.waiting.remove(&token) {
@@ -168,8 +213,10 @@ impl Attendant {
         self.keep_what_is_told(&told).await;
         match told {
             Told::Unreachable(why) => self.report.unleased = Some(why),
-            Told::Answer(Answer::State { failure: Some(failure), .. }) => self.report.unleased = Some(failure.message),
-            Told::Answer(Answer::State { .. }) if self.owed.is_empty() => self.report.unleased = None,
+            Told::Answer(Answer::State { failure: Some(failure), .. }) => {
+                self.report.unleased = Some(excerpt(&failure.message, LONGEST));
+            }
+            Told::Answer(Answer::State { .. }) if self.again_at.is_none() => self.report.unleased = None,
             _ => {}
         }
     }
@@ -191,7 +238,7 @@ impl Attendant {
                 self.keep(added.clone()).await;
             }
             // What cannot be read now is used as it was.
-            Told::Answer(Answer::State { failure: None, .. }) => {
+            Told::Answer(Answer::State { failure: None, absent: false, .. }) => {
                 if let Some(all) = self.all.take() {
                     self.keep_only(all).await;
                 }
@@ -201,58 +248,77 @@ impl Attendant {
     }
 
     /// Keeps what is used in the lower store.
-    async fn keep(&mut self, mut names: Vec<ObjectName>) {
-        names.extend(self.owed.drain());
-        if names.is_empty() {
-            return;
+    async fn keep(&mut self, names: Vec<ObjectName>) {
+        for name in names {
+            self.owed.remove.remove(&name);
+            self.owed.add.insert(name);
         }
-        let names: Arc<[ObjectName]> = names.into();
-        match self.lower.add(&self.spec.name, Arc::clone(&names)).await {
-            Ok(count) => {
-                self.report.leases += count;
-                self.report.unleased = None;
-                self.will_write();
-            }
-            Err(error) => {
-                self.owed.extend(names.iter().cloned());
-                self.cannot_keep(error.to_string());
-            }
-        }
+        self.settle().await;
     }
 
     async fn keep_no_longer(&mut self, names: Vec<ObjectName>) {
-        for name in &names {
-            self.owed.remove(name);
+        for name in names {
+            self.owed.add.remove(&name);
+            self.owed.remove.insert(name);
         }
-        if names.is_empty() {
-            return;
-        }
-        match self.lower.remove(&self.spec.name, names).await {
-            Ok(count) => {
-                self.report.leases = self.report.leases.saturating_sub(count);
-                self.will_write();
+        self.settle().await;
+    }
+
+    async fn keep_only(&mut self, names: HashSet<ObjectName>) {
+        self.owed = Owed { only: Some(Arc::new(names)), ..Owed::default() };
+        self.settle().await;
+    }
+
+    /// Does what is owed. What fails stays owed.
+    async fn settle(&mut self) {
+        let result = self.try_settle().await;
+        match result {
+            Ok(()) => {
+                self.again_at = None;
+                if self.spec.leases == Leases::Used {
+                    self.report.unleased = None;
+                }
             }
+            // Nothing is lost by what is kept in vain.
+            Err(_) if self.spec.leases == Leases::None => self.again_at = Some(Instant::now() + AGAIN),
             Err(error) => self.cannot_keep(error.to_string()),
         }
     }
 
-    async fn keep_only(&mut self, names: HashSet<ObjectName>) {
-        // A store that uses nothing needs no directory there.
-        let is_nothing = names.is_empty();
-        let kept = match is_nothing {
-            true => self.lower.drop_all(&self.spec.name).await.map(|_| 0),
-            false => self.lower.keep_only(&self.spec.name, names).await,
-        };
-        match kept {
-            Ok(0) => self.report.leases = 0,
-            Ok(count) => {
-                self.report.leases = count;
-                self.will_write();
-            }
-            // Nothing is lost by what is kept in vain.
-            Err(_) if is_nothing => {}
-            Err(error) => self.cannot_keep(error.to_string()),
+    async fn try_settle(&mut self) -> Result<(), LeaseError> {
+        let name = &self.spec.name;
+        if let Some(only) = self.owed.only.clone() {
+            let count = if only.is_empty() {
+                // A store that uses nothing needs no directory there, and a store that nobody has used none at all.
+                match self.lower.drop_all(name, &self.claim).await {
+                    Ok(_) => 0,
+                    Err(error) if error.is_missing() => 0,
+                    Err(error) => return Err(error),
+                }
+            } else {
+                self.lower.keep_only(name, &self.claim, Arc::clone(&only)).await?
+            };
+            self.report.leases = count;
+            self.owed.only = None;
+            self.owed.add.extend(only.iter().cloned());
+            self.will_write();
         }
+        let name = &self.spec.name;
+        if !self.owed.add.is_empty() {
+            let names: Arc<[ObjectName]> = self.owed.add.iter().cloned().collect();
+            self.report.leases += self.lower.add(name, &self.claim, &self.objects, names).await?;
+            self.owed.add.clear();
+            self.will_write();
+        }
+        let name = &self.spec.name;
+        if !self.owed.remove.is_empty() {
+            let names: Arc<[ObjectName]> = self.owed.remove.iter().cloned().collect();
+            let count = self.lower.remove(name, &self.claim, names).await?;
+            self.report.leases = self.report.leases.saturating_sub(count);
+            self.owed.remove.clear();
+            self.will_write();
+        }
+        Ok(())
     }
 
     fn will_write(&mut self) {
@@ -263,12 +329,6 @@ impl Attendant {
         self.report.unleased = Some(why);
         self.again_at = Some(Instant::now() + AGAIN);
     }
-}
-
-/// Whom a file belongs to; root if nobody knows.
-async fn owner_of(path: PathBuf) -> u32 {
-    let look = tokio::task::spawn_blocking(move || rustix::fs::lstat(&path).map(|stat| stat.st_uid));
-    look.await.map_or(0, |uid| uid.unwrap_or(0))
 }
 
 async fn next_of(watching: &mut Option<Watching>) -> Option<Told> {

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use layered_stores_nix_db::index::protocol::{Answer, LONGEST_LINE, Places, Request, StoreId};
+use layered_stores_nix_db::index::protocol::{Answer, LONGEST_LINE, NAMES, Places, Request, StoreId};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
@@ -25,12 +25,15 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// How many messages are kept of one store for which the lower store's filesystem does not answer. Each has some thousand names.
-const KEPT: usize = 1024;
+const KEPT: usize = 128;
 
-/// How much an index may say: so many messages at once, and so many a second after that. It runs as the owner of the stores, who
-/// can have it say anything.
-const BURST: u32 = 4096;
-const EACH: Duration = Duration::from_millis(4);
+/// How long it is waited for that it is fewer.
+const DRAIN: Duration = Duration::from_secs(20);
+
+/// How much an index may say: so many bytes at once, and so many a second after that. It runs as the owner of the stores, who can
+/// have it say anything.
+const BURST: u64 = 16 << 20;
+const PACE: u64 = 8 << 20;
 
 /// What is heard of a store.
 #[derive(Debug)]
@@ -56,11 +59,9 @@ struct Ear {
 }
 
 impl Ear {
-    /// Whether it can take more.
-    fn tell(&self, told: Told) -> bool {
-        let kept = self.kept.fetch_add(1, Ordering::Relaxed);
+    fn tell(&self, told: Told) {
+        self.kept.fetch_add(1, Ordering::Relaxed);
         let _ = self.told.send(told);
-        kept < KEPT
     }
 }
 
@@ -206,20 +207,22 @@ async fn talk(mut stream: UnixStream, stores: &mut Stores, asked: &mut Unbounded
     }
     let (mut line, limit) = (Vec::new(), u64::try_from(LONGEST_LINE).unwrap_or(u64::MAX));
     // When all that was said so far would have been said at the pace that is allowed.
+    let ahead = Duration::from_secs(BURST / PACE);
     let began = Instant::now();
-    let mut paced = began.checked_sub(EACH * BURST).unwrap_or(began);
+    let mut paced = began.checked_sub(ahead).unwrap_or(began);
     loop {
         let mut bounded = (&mut reader).take(limit);
         // Reading can be interrupted: what was read stays in `line`.
         let length = tokio::select! {
             read = bounded.read_until(b'\n', &mut line) => read?,
             Some(ask) = asked.recv() => {
-                let is_watch = matches!(ask, Ask::Watch(..));
                 let request = stores.take(ask);
                 if stores.0.is_empty() {
                     return Ok(());
                 }
-                if is_watch && let Some((_, (_, ear))) = stores.0.last_key_value() {
+                if let Request::Watch { id, .. } = &request
+                    && let Some((_, ear)) = stores.0.get(id)
+                {
                     ear.tell(Told::Begun);
                 }
                 send(&mut writer, &request).await?;
@@ -233,15 +236,28 @@ async fn talk(mut stream: UnixStream, stores: &mut Stores, asked: &mut Unbounded
             return Err(io::Error::new(io::ErrorKind::InvalidData, "it says something endless"));
         }
         let answer: Answer = serde_json::from_slice(&line)?;
+        let time = Duration::from_secs_f64(line.len() as f64 / PACE as f64);
         line.clear();
-        let (Answer::Used { id, .. } | Answer::State { id, .. }) = &answer;
-        if let Some((_, ear)) = stores.0.get(id)
-            && !ear.tell(Told::Answer(answer))
+        if let Answer::Used { added, removed, .. } = &answer
+            && added.len() + removed.len() > NAMES
         {
-            return Err(io::Error::other("it says more than can be done"));
+            return Err(io::Error::other("it says more at once than is allowed"));
+        }
+        let (Answer::Used { id, .. } | Answer::State { id, .. }) = &answer;
+        if let Some((_, ear)) = stores.0.get(id) {
+            let kept = Arc::clone(&ear.kept);
+            ear.tell(Told::Answer(answer));
+            // Filesystems take their time. One that hangs is not to fill the memory.
+            let until = Instant::now() + DRAIN;
+            while kept.load(Ordering::Relaxed) > KEPT {
+                if Instant::now() >= until {
+                    return Err(io::Error::other("it says more than can be done"));
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
         let now = Instant::now();
-        paced = paced.max(now.checked_sub(EACH * BURST).unwrap_or(now)) + EACH;
+        paced = paced.max(now.checked_sub(ahead).unwrap_or(now)) + time;
         if paced > now {
             tokio::time::sleep_until(paced).await;
         }

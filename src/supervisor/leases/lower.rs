@@ -1,10 +1,11 @@
 //! A store underneath: what the stores on it need of it is kept from its garbage collector.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
     os::fd::{AsFd as _, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    path::PathBuf,
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -12,14 +13,14 @@ use layered_stores_model::{AbsolutePath, StoreName};
 use layered_stores_nix_db::{
     ObjectName,
     collector::{self, GcLock},
-    roots::{Roots, RootsError, TemporaryRoots},
+    roots::{self, Roots, RootsError, TemporaryRoots},
 };
 use layered_stores_overlay::layers::{self, LayersError};
 use rustix::io::Errno;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
-    sync::RwLock,
+    sync::Semaphore,
 };
 
 use super::turns::Member;
@@ -29,18 +30,54 @@ use super::turns::Member;
 const AGAIN: Duration = Duration::from_millis(10);
 const PATIENCE: Duration = Duration::from_secs(600);
 
+/// How much is done at a time in one lower store, and in all: one that hangs takes no threads from the others.
+const AT_ONCE: usize = 4;
+const IN_ALL: usize = 64;
+
+static THREADS: Semaphore = Semaphore::const_new(IN_ALL);
+
 /// Whose turn it is.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Turn {
     /// Ours: no collector can begin.
     Ours,
-    /// A collector's, or nobody knows yet. It is told of every root.
-    Collectors(tokio::sync::Mutex<Option<UnixStream>>),
+    /// A collector's, or nobody knows yet. It is told of every root, over this connection.
+    Collectors(Arc<tokio::sync::Mutex<Option<UnixStream>>>),
 }
 
 impl Turn {
     pub(super) fn collectors() -> Self {
-        Self::Collectors(tokio::sync::Mutex::new(None))
+        Self::Collectors(Arc::default())
+    }
+}
+
+/// The right to change what is kept for a store, which is lost to whoever claims it next. What an attendant has begun on a thread may
+/// go on when the attendant is gone.
+#[derive(Clone, Debug)]
+pub(super) struct Claim {
+    holder: Arc<Mutex<u64>>,
+    number: u64,
+}
+
+impl Claim {
+    /// Takes it, for a store and the state directory underneath.
+    pub(super) fn take(state_dir: &AbsolutePath, store: &StoreName) -> Self {
+        type Holders = HashMap<(AbsolutePath, StoreName), Arc<Mutex<u64>>>;
+        static HOLDERS: LazyLock<Mutex<Holders>> = LazyLock::new(Mutex::default);
+        let mut holders = HOLDERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let holder = Arc::clone(holders.entry((state_dir.clone(), store.clone())).or_default());
+        drop(holders);
+        let mut last = holder.lock().unwrap_or_else(PoisonError::into_inner);
+        *last += 1;
+        let number = *last;
+        drop(last);
+        Self { holder, number }
+    }
+
+    /// Does something with what is kept, unless somebody else has claimed it. Blocks.
+    pub(super) fn with<T: Default>(&self, work: impl FnOnce() -> Result<T, LeaseError>) -> Result<T, LeaseError> {
+        let holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
+        if *holder == self.number { work() } else { Ok(T::default()) }
     }
 }
 
@@ -68,7 +105,7 @@ impl LeaseError {
 #[derive(Debug)]
 pub(super) struct Lower {
     pub(super) state_dir: AbsolutePath,
-    pub(super) turn: RwLock<Turn>,
+    turn: Mutex<Turn>,
     /// The stores that lie on it, on whatever level.
     members: Mutex<BTreeMap<StoreName, Member>>,
     /// What processes that work in those stores are about to use, while they cannot say so there.
@@ -76,12 +113,38 @@ pub(super) struct Lower {
     /// The lock of its collector, as long as it is held, for one at a time: who lets a collector in, or who keeps it out because the
     /// collector of the store underneath has its turn.
     pub(super) lock: Arc<tokio::sync::Mutex<Option<Arc<GcLock>>>>,
+    places: Arc<Semaphore>,
 }
 
 impl Lower {
     pub(super) fn new(state_dir: AbsolutePath) -> Self {
-        let turn = RwLock::new(Turn::collectors());
-        Self { state_dir, turn, members: Mutex::default(), temporary: Mutex::default(), lock: Arc::default() }
+        Self {
+            state_dir,
+            turn: Mutex::new(Turn::collectors()),
+            members: Mutex::default(),
+            temporary: Mutex::default(),
+            lock: Arc::default(),
+            places: Arc::new(Semaphore::new(AT_ONCE)),
+        }
+    }
+
+    fn turn(&self) -> Turn {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes whose turn it is. Who has written a root, and sees then that it was ours, has written it before a collector could
+    /// begin.
+    pub(super) fn set_turn(&self, turn: Turn) {
+        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = turn;
+    }
+
+    /// Does something there on a thread, when it may have one.
+    pub(super) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, LeaseError> + Send + 'static,
+    ) -> Result<T, LeaseError> {
+        let _place = self.places.acquire().await;
+        blocking(work).await
     }
 
     pub(super) fn members(&self) -> MutexGuard<'_, BTreeMap<StoreName, Member>> {
@@ -94,84 +157,111 @@ impl Lower {
     }
 
     /// Does something with the roots of a store, on a thread.
-    async fn with_roots<T: Send + 'static>(
+    async fn with_roots<T: Default + Send + 'static>(
         &self,
         store: &StoreName,
+        claim: &Claim,
         work: impl FnOnce(&Roots) -> Result<T, RootsError> + Send + 'static,
     ) -> Result<T, LeaseError> {
-        let (state_dir, store) = (self.state_dir.clone(), store.clone());
-        blocking(move || {
-            let roots = Roots::open(Self::open(&state_dir)?, store.as_str())?;
-            Ok(work(&roots)?)
-        })
-        .await
+        let (state_dir, store, claim) = (self.state_dir.clone(), store.clone(), claim.clone());
+        let work = move || {
+            claim.with(|| {
+                let roots = Roots::open(Self::open(&state_dir)?, store.as_str())?;
+                Ok(work(&roots)?)
+            })
+        };
+        self.blocking(work).await
     }
 
-    /// Keeps paths from its collector for a store. How many were not kept before.
-    pub(super) async fn add(&self, store: &StoreName, names: Arc<[ObjectName]>) -> Result<u64, LeaseError> {
-        // A turn does not end in between.
-        let turn = self.turn.read().await;
-        let added = Arc::clone(&names);
-        let count = self.with_roots(store, move |roots| {
-            let mut count = 0;
-            for name in &*added {
-                count += u64::from(roots.add(name)?);
+    /// Keeps paths from its collector for a store, as far as they are in one of its directories of objects: what is not there needs
+    /// no root, and nobody is to fill the lower store with them. How many were not kept before.
+    pub(super) async fn add(
+        &self,
+        store: &StoreName,
+        claim: &Claim,
+        objects: &Arc<[PathBuf]>,
+        names: Arc<[ObjectName]>,
+    ) -> Result<u64, LeaseError> {
+        let (added, objects) = (Arc::clone(&names), Arc::clone(objects));
+        let add = move |roots: &Roots| {
+            let dirs: Vec<_> = objects.iter().filter_map(|dir| roots::open_dir(dir).ok()).collect();
+            let (mut count, mut error) = (0, None);
+            for name in added.iter().filter(|name| dirs.iter().any(|dir| roots::has(dir, name))) {
+                match roots.add(name) {
+                    Ok(is_new) => count += u64::from(is_new),
+                    Err(why) => error = error.or(Some(why)),
+                }
             }
-            Ok(count)
-        });
-        let count = count.await?;
-        if let Turn::Collectors(connection) = &*turn {
+            error.map_or(Ok(count), Err)
+        };
+        let count = self.with_roots(store, claim, add).await?;
+        if let Turn::Collectors(connection) = self.turn() {
             for name in &*names {
-                self.tell_collector(connection, name).await;
+                if !self.tell_collector(&connection, name).await {
+                    break;
+                }
             }
         }
         Ok(count)
     }
 
     /// Keeps paths no longer. How many were kept.
-    pub(super) async fn remove(&self, store: &StoreName, names: Vec<ObjectName>) -> Result<u64, LeaseError> {
+    pub(super) async fn remove(
+        &self,
+        store: &StoreName,
+        claim: &Claim,
+        names: Arc<[ObjectName]>,
+    ) -> Result<u64, LeaseError> {
         let remove = move |roots: &Roots| {
             let mut count = 0;
-            for name in &names {
+            for name in &*names {
                 count += u64::from(roots.remove(name)?);
             }
             Ok(count)
         };
-        self.with_roots(store, remove).await
+        self.with_roots(store, claim, remove).await
     }
 
-    /// Keeps nothing but these, which are kept already. How many that are.
-    pub(super) async fn keep_only(&self, store: &StoreName, names: HashSet<ObjectName>) -> Result<u64, LeaseError> {
+    /// Keeps nothing but these. How many of them are kept already.
+    pub(super) async fn keep_only(
+        &self,
+        store: &StoreName,
+        claim: &Claim,
+        names: Arc<HashSet<ObjectName>>,
+    ) -> Result<u64, LeaseError> {
         let keep = move |roots: &Roots| {
-            for name in roots.list()?.difference(&names) {
+            let kept = roots.list()?;
+            for name in kept.difference(&names) {
                 roots.remove(name)?;
             }
-            Ok(u64::try_from(names.len()).unwrap_or(u64::MAX))
+            Ok(u64::try_from(kept.intersection(&names).count()).unwrap_or(u64::MAX))
         };
-        self.with_roots(store, keep).await
+        self.with_roots(store, claim, keep).await
     }
 
     /// Has what is kept be kept over a power cut.
-    pub(super) async fn sync(&self, store: &StoreName) -> Result<(), LeaseError> {
-        self.with_roots(store, Roots::sync).await
+    pub(super) async fn sync(&self, store: &StoreName, claim: &Claim) -> Result<(), LeaseError> {
+        self.with_roots(store, claim, Roots::sync).await
     }
 
     /// Keeps nothing for a store. Whether anything was kept.
-    pub(super) async fn drop_all(&self, store: &StoreName) -> Result<bool, LeaseError> {
-        let (state_dir, store) = (self.state_dir.clone(), store.clone());
-        blocking(move || Ok(Roots::drop_all(Self::open(&state_dir)?, store.as_str())?)).await
+    pub(super) async fn drop_all(&self, store: &StoreName, claim: &Claim) -> Result<bool, LeaseError> {
+        let (state_dir, store, claim) = (self.state_dir.clone(), store.clone(), claim.clone());
+        self.blocking(move || claim.with(|| Ok(Roots::drop_all(Self::open(&state_dir)?, store.as_str())?))).await
     }
 
     /// Keeps a path from its collector for as long as the turn of a collector lasts. Whoever asks goes on when this has returned.
     pub(super) async fn add_temporary(self: &Arc<Self>, name: ObjectName) -> Result<(), LeaseError> {
-        let turn = self.turn.read().await;
         let (lower, names) = (Arc::clone(self), HashSet::from([name.clone()]));
         // First: a collector opens its socket before it reads what is kept, so who finds no socket has written early enough.
-        blocking(move || lower.write_temporary(&names)).await?;
-        if let Turn::Collectors(connection) = &*turn {
-            self.tell_collector(connection, &name).await;
+        let written = self.blocking(move || lower.write_temporary(&names)).await;
+        match self.turn() {
+            Turn::Ours => written,
+            Turn::Collectors(connection) => {
+                let is_told = self.tell_collector(&connection, &name).await;
+                if is_told { Ok(()) } else { written }
+            }
         }
-        Ok(())
     }
 
     /// The same of many, before a collector has its turn. Blocks.
@@ -190,35 +280,36 @@ impl Lower {
         drop(temporary);
     }
 
-    /// Tells the collector of a root, and waits until it has taken note; or until there is none any more: then the next one reads
+    /// Tells the collector of a root, and waits until it has taken note. Whether it has: if there is none any more, the next one reads
     /// what is kept by itself.
-    async fn tell_collector(&self, connection: &tokio::sync::Mutex<Option<UnixStream>>, name: &ObjectName) {
+    async fn tell_collector(&self, connection: &tokio::sync::Mutex<Option<UnixStream>>, name: &ObjectName) -> bool {
         let mut connection = connection.lock().await;
         loop {
-            match self.tell_once(&mut connection, name).await {
-                Ok(()) => return,
-                Err(_) => *connection = None,
+            // Taken out: whoever gives up in between leaves an answer behind that is nobody else's.
+            if let Ok(stream) = self.tell_once(connection.take(), name).await {
+                *connection = Some(stream);
+                return true;
             }
             match self.is_collecting().await {
                 Ok(true) => tokio::time::sleep(AGAIN).await,
                 // What cannot be found out is not waited for.
-                Ok(false) | Err(_) => return,
+                Ok(false) | Err(_) => return false,
             }
         }
     }
 
-    async fn tell_once(&self, connection: &mut Option<UnixStream>, name: &ObjectName) -> io::Result<()> {
-        let stream = match connection {
+    async fn tell_once(&self, stream: Option<UnixStream>, name: &ObjectName) -> io::Result<UnixStream> {
+        let mut stream = match stream {
             Some(stream) => stream,
-            none => {
+            None => {
                 let state_dir = self.state_dir.clone();
-                let stream = blocking(move || {
+                let connect = move || {
                     let dir = Self::open(&state_dir)?;
                     collector::connect(dir.as_fd()).map_err(|error| LeaseError::Panic(error.to_string()))
-                });
-                let stream = stream.await.map_err(io::Error::other)?;
+                };
+                let stream = self.blocking(connect).await.map_err(io::Error::other)?;
                 stream.set_nonblocking(true)?;
-                none.insert(UnixStream::from_std(stream)?)
+                UnixStream::from_std(stream)?
             }
         };
         let answer = async {
@@ -226,7 +317,7 @@ impl Lower {
             stream.read_u8().await
         };
         match tokio::time::timeout(PATIENCE, answer).await {
-            Ok(Ok(b'1')) => Ok(()),
+            Ok(Ok(b'1')) => Ok(stream),
             Ok(Ok(_)) => Err(io::ErrorKind::InvalidData.into()),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
@@ -236,13 +327,13 @@ impl Lower {
     /// Whether a collector has its turn, by its lock.
     async fn is_collecting(&self) -> Result<bool, LeaseError> {
         let state_dir = self.state_dir.clone();
-        blocking(move || {
+        let look = move || {
             let lock_error = |errno| LeaseError::Lock(state_dir.clone(), errno);
             let lock = GcLock::open(Self::open(&state_dir)?).map_err(lock_error)?;
             // Held for a moment together with others, as Nix itself does.
             lock.try_share().map(|shared| !shared).map_err(lock_error)
-        })
-        .await
+        };
+        self.blocking(look).await
     }
 }
 
@@ -250,6 +341,12 @@ impl Lower {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, LeaseError> + Send + 'static,
 ) -> Result<T, LeaseError> {
+    let place = THREADS.acquire().await;
+    let work = move || {
+        // It is there until the thread is, whoever waits for it.
+        let _place = place;
+        work()
+    };
     let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|error| Err(LeaseError::Panic(error.to_string())))
 }

@@ -25,7 +25,7 @@ use layered_stores_nix_db::{
     index::protocol::{Contents, EXAMPLES, Lost},
     roots::Roots,
 };
-use lower::{LeaseError, Lower};
+use lower::{Claim, LeaseError, Lower};
 use tokio::{
     sync::{mpsc, watch},
     task::AbortHandle,
@@ -185,7 +185,9 @@ fn begin(attended: &Attended, lowers: &Lowers, indexes: &Indexes, tell: Tell) ->
 /// # Errors
 /// When that cannot be looked into.
 pub(super) fn give_up(spec: &StoreSpec) -> Result<bool, LeaseError> {
-    Ok(Roots::drop_all(Lower::open(&spec.lower_state_dir())?, spec.name.as_str())?)
+    let state_dir = spec.lower_state_dir();
+    let claim = Claim::take(&state_dir, &spec.name);
+    claim.with(|| Ok(Roots::drop_all(Lower::open(&state_dir)?, spec.name.as_str())?))
 }
 
 /// The stores underneath, each for as long as somebody has it.

@@ -8,7 +8,7 @@
 use std::{
     io,
     mem::MaybeUninit,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -50,8 +50,8 @@ const EVERY: Duration = Duration::from_secs(60);
 /// How soon it is tried again to have the lock where that cannot be had.
 const LATER: Duration = Duration::from_secs(30);
 
-/// How long a collector that was let in may take to take its lock.
-const TAKE: Duration = Duration::from_secs(2);
+/// How long a collector that was let in may take to take its lock: one that is woken is seen nowhere until then.
+const TAKE: Duration = Duration::from_millis(500);
 
 /// How many processes of one store may ask at a time, and the longest that they may ask, in bytes.
 const CLIENTS: usize = 256;
@@ -76,6 +76,7 @@ pub(super) async fn take_turns(lower: Weak<Lower>, lowers: Lowers) {
                 drop(strong);
                 let ended = go_on(&lower, &lowers, lock).await;
                 let Some(strong) = lower.upgrade() else { return };
+                strong.set_turn(Turn::collectors());
                 *strong.lock.lock().await = None;
                 let Err(error) = ended else { return };
                 tracing::warn!("taking turns with a garbage collector has to begin anew: {error}");
@@ -89,7 +90,7 @@ pub(super) async fn take_turns(lower: Weak<Lower>, lowers: Lowers) {
                     );
                 }
                 // Nobody waits for whoever cannot be had.
-                *strong.turn.write().await = Turn::Ours;
+                strong.set_turn(Turn::Ours);
             }
         }
         tokio::time::sleep(LATER).await;
@@ -107,14 +108,19 @@ async fn begin(lower: &Arc<Lower>) -> Result<Arc<GcLock>, LeaseError> {
     })
     .await?;
     wait_for(&lock).await?.map_err(lock_error)?;
-    *lower.turn.write().await = Turn::Ours;
+    lower.set_turn(Turn::Ours);
     *lower.lock.lock().await = Some(Arc::clone(&lock));
     Ok(lock)
 }
 
+/// Waits for a lock, on a thread of its own: it may take hours.
 async fn wait_for(lock: &Arc<GcLock>) -> Result<Result<(), Errno>, LeaseError> {
-    let lock = Arc::clone(lock);
-    blocking(move || Ok(lock.share())).await
+    let (lock, (done, is_done)) = (Arc::clone(lock), oneshot::channel());
+    let wait = move || {
+        let _ = done.send(lock.share());
+    };
+    std::thread::Builder::new().spawn(wait).map_err(|error| LeaseError::Panic(error.to_string()))?;
+    is_done.await.map_err(|error| LeaseError::Panic(error.to_string()))
 }
 
 /// Lets collectors in, one after the other.
@@ -123,7 +129,11 @@ async fn go_on(lower: &Weak<Lower>, lowers: &Lowers, lock: Arc<GcLock>) -> io::R
     // The path leads to what this process has open, in whatever namespace.
     let watch = move || -> Result<OwnedFd, Errno> {
         let queue = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        inotify::add_watch(&queue, path, WatchFlags::OPEN | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF)?;
+        inotify::add_watch(
+            &queue,
+            path,
+            WatchFlags::OPEN | WatchFlags::ATTRIB | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF,
+        )?;
         Ok(queue)
     };
     let queue = tokio::task::spawn_blocking(watch).await.map_err(io::Error::other)??;
@@ -137,17 +147,23 @@ async fn go_on(lower: &Weak<Lower>, lowers: &Lowers, lock: Arc<GcLock>) -> io::R
                 return Err(io::Error::other("somebody has taken the lock away"));
             }
         }
-        for pause in LOOKS {
-            tokio::time::sleep(Duration::from_millis(pause)).await;
+        let mut looks = LOOKS.iter();
+        while let Some(pause) = looks.next() {
+            tokio::time::sleep(Duration::from_millis(*pause)).await;
             if is_waited_for(&lock).await? {
                 // Not while it is kept out for the sake of the store underneath.
                 let _alone = strong.lock.lock().await;
                 take_turn(&strong, lowers, &lock).await?;
-                break;
+                // Of another one that waits nothing tells any more.
+                looks = LOOKS.iter();
             }
         }
     }
 }
+
+/// What happens to a lock that is not where it was, or may not be: one that is deleted while it is open loses a name.
+const GONE: ReadFlags =
+    ReadFlags::ATTRIB.union(ReadFlags::DELETE_SELF).union(ReadFlags::MOVE_SELF).union(ReadFlags::IGNORED);
 
 /// Reads what there is. Whether the lock is not where it was.
 fn is_gone(queue: &OwnedFd) -> io::Result<bool> {
@@ -155,9 +171,7 @@ fn is_gone(queue: &OwnedFd) -> io::Result<bool> {
     let mut reader = inotify::Reader::new(queue, &mut buffer);
     loop {
         match reader.next() {
-            Ok(event)
-                if event.events().intersects(ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::IGNORED) =>
-            {
+            Ok(event) if event.events().intersects(GONE) => {
                 return Ok(true);
             }
             Ok(_) => {}
@@ -178,29 +192,37 @@ async fn take_turn(lower: &Arc<Lower>, lowers: &Lowers, lock: &Arc<GcLock>) -> i
     let began = Instant::now();
     let by = began + HOLD;
     let members: Vec<_> = lower.members().values().cloned().collect();
-    let guard = |member: &Member| {
-        let (lower, spec, own) = (Arc::clone(lower), Arc::clone(&member.spec), lowers.known(&member.spec.state_dir));
-        let guard = async move {
-            let held = match own {
-                Some(own) => Some(Arc::clone(&own.lock).lock_owned().await),
-                None => None,
+    let _temporary = Temporary(Arc::clone(lower));
+    let mut serving = JoinSet::new();
+    // One after the other for each store, and all stores at once: one that does not answer takes nothing from the others.
+    let prepare = |member: &Member| {
+        let (lower, member) = (Arc::clone(lower), member.clone());
+        let own = lowers.known(&member.spec.state_dir);
+        async move {
+            let spec = Arc::clone(&member.spec);
+            let guard = async {
+                let held = match &own {
+                    Some(own) => Some(Arc::clone(&own.lock).lock_owned().await),
+                    None => None,
+                };
+                blocking(move || Guard::take(&lower, &spec, own.zip(held), by.into_std())).await
             };
-            blocking(move || Guard::take(&lower, &spec, held, by.into_std())).await
-        };
-        tokio::time::timeout_at(by, guard)
+            let guard = tokio::time::timeout_at(by, guard).await;
+            let _ = tokio::time::timeout_at(by, sync(&member)).await;
+            (member, guard)
+        }
     };
     let mut guards = Vec::new();
-    let mut serving = JoinSet::new();
-    for (guarded, member) in join_all(members.iter().map(guard)).await.into_iter().zip(&members) {
+    for (member, guarded) in join_all(members.iter().map(prepare)).await {
         let name = &member.spec.name;
         match guarded {
-            Ok(Ok(mut guard)) => {
+            Ok(Ok(guard)) => {
                 match guard.listening.as_ref().map(|listening| listening.listener.try_clone()).transpose() {
                     Ok(Some(listener)) => drop(serving.spawn(serve(listener, Arc::clone(lower)))),
-                    Ok(None) => {}
+                    Ok(None) => continue,
                     Err(error) => {
-                        tracing::warn!(store = %name, "{name}: {error}");
-                        guard.listening = None;
+                        tracing::warn!(store = %name, "{name}: not held during a garbage collection: {error}");
+                        continue;
                     }
                 }
                 guards.push(guard);
@@ -210,17 +232,10 @@ async fn take_turn(lower: &Arc<Lower>, lowers: &Lowers, lock: &Arc<GcLock>) -> i
             Err(_) => tracing::info!(store = %name, "{name}: not held during a garbage collection in time"),
         }
     }
-    sync_all(&members, by).await;
-    let turn = tokio::time::timeout_at(by, lower.turn.write()).await;
+    // Before the lock is let go: who sees later that the turn was ours has written before.
+    lower.set_turn(Turn::collectors());
     release(lock).await?;
     let held = began.elapsed();
-    // Work that hangs has kept it. What it adds is looked at again after the turn.
-    let mut turn = match turn {
-        Ok(turn) => turn,
-        Err(_) => lower.turn.write().await,
-    };
-    *turn = Turn::collectors();
-    drop(turn);
     let held_us = u64::try_from(held.as_micros()).unwrap_or(u64::MAX);
     tracing::info!(
         held_us,
@@ -231,20 +246,21 @@ async fn take_turn(lower: &Arc<Lower>, lowers: &Lowers, lock: &Arc<GcLock>) -> i
     );
     has_begun(lock).await?;
     wait_for(lock).await.map_err(io::Error::other)??;
-    *lower.turn.write().await = Turn::Ours;
+    lower.set_turn(Turn::Ours);
     serving.shutdown().await;
-    let ended = Arc::clone(lower);
-    let end = move || {
-        for guard in guards {
-            guard.end();
-        }
-        ended.drop_temporary();
-    };
-    tokio::task::spawn_blocking(end).await.map_err(io::Error::other)?;
+    tokio::task::spawn_blocking(move || drop(guards)).await.map_err(io::Error::other)?;
     tracing::info!("the garbage collection of {} has ended after {} ms", lower.state_dir, began.elapsed().as_millis());
-    // What has appeared meanwhile is looked at, whether its files are still there.
-    sync_all(&members, Instant::now() + LATER).await;
     Ok(())
+}
+
+/// What is kept for as long as a collection lasts.
+struct Temporary(Arc<Lower>);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let lower = Arc::clone(&self.0);
+        tokio::task::spawn_blocking(move || lower.drop_temporary());
+    }
 }
 
 async fn release(lock: &Arc<GcLock>) -> io::Result<()> {
@@ -258,7 +274,7 @@ async fn has_begun(lock: &Arc<GcLock>) -> io::Result<()> {
     while Instant::now() < until {
         let seen = Arc::clone(lock);
         let holders = tokio::task::spawn_blocking(move || seen.holders()).await.map_err(io::Error::other)??;
-        if holders.alone || !holders.waiting {
+        if holders.alone {
             return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -266,18 +282,12 @@ async fn has_begun(lock: &Arc<GcLock>) -> io::Result<()> {
     Ok(())
 }
 
-/// Has all be kept that the stores' databases say by now, as far as that is done by then.
-async fn sync_all(members: &[Member], by: Instant) {
-    let sync = |member: &Member| {
-        let member = member.clone();
-        async move {
-            let (done, is_done) = oneshot::channel();
-            if member.sync.send(done).await.is_ok() {
-                let _ = is_done.await;
-            }
-        }
-    };
-    let _ = tokio::time::timeout_at(by, join_all(members.iter().map(sync))).await;
+/// Has all be kept that a store's database says by now.
+async fn sync(member: &Member) {
+    let (done, is_done) = oneshot::channel();
+    if member.sync.send(done).await.is_ok() {
+        let _ = is_done.await;
+    }
 }
 
 /// The lock of a store's collector that is held for the stores on it, had by one at a time.
@@ -287,52 +297,73 @@ type Held = OwnedMutexGuard<Option<Arc<GcLock>>>;
 struct Guard {
     lock: Arc<GcLock>,
     /// It is held here already, together with others, for the sake of stores on it.
-    held: Option<Held>,
+    held: Option<(Arc<Lower>, Held)>,
     listening: Option<Listening>,
 }
 
 impl Guard {
     /// Takes the lock of a store's own collector and opens its socket, and keeps what its processes have said by then. Blocks, but for
     /// a filesystem only until `by`.
-    fn take(lower: &Lower, spec: &StoreSpec, held: Option<Held>, by: std::time::Instant) -> Result<Self, LeaseError> {
+    fn take(
+        lower: &Lower,
+        spec: &StoreSpec,
+        held: Option<(Arc<Lower>, Held)>,
+        by: std::time::Instant,
+    ) -> Result<Self, LeaseError> {
         let fail = |errno| LeaseError::Lock(spec.state_dir.clone(), errno);
         let dir = Lower::open(&spec.state_dir)?;
-        let held = held.filter(|held| held.is_some());
-        let lock = match held.as_deref().and_then(Option::as_ref) {
+        let held = held.filter(|(_, held)| held.is_some());
+        let lock = match held.as_ref().and_then(|(_, held)| held.as_ref()) {
             Some(lock) => Arc::clone(lock),
             None => Arc::new(GcLock::open(&dir).map_err(fail)?),
         };
         let mut guard = Self { lock, held, listening: None };
-        let result = guard.listen_in_time(dir.as_fd(), by).map_err(fail).and_then(|()| {
-            // What they have said by now; what cannot be read is no reason to have them wait.
-            let temporary = roots::temporary(&dir).unwrap_or_default();
-            if temporary.is_empty() { Ok(()) } else { lower.write_temporary(&temporary) }
-        });
-        match result {
-            Ok(()) => Ok(guard),
-            Err(error) => {
-                guard.end();
-                Err(error)
-            }
+        guard.lock_in_time(by).map_err(fail)?;
+        let listening = collector::listen(dir.as_fd());
+        let listening = listening.map_err(|error| fail(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        guard.listening = Some(listening);
+        // What they have said by now; what cannot be read is no reason to have them wait.
+        let temporary = roots::temporary(&dir).unwrap_or_default();
+        if !temporary.is_empty() {
+            lower.write_temporary(&temporary)?;
         }
+        Ok(guard)
     }
 
-    fn listen_in_time(&mut self, state_dir: BorrowedFd<'_>, by: std::time::Instant) -> Result<(), Errno> {
-        // Processes that add a root hold it for a moment.
+    /// Processes that add a root hold it for a moment.
+    fn lock_in_time(&mut self, by: std::time::Instant) -> Result<(), Errno> {
         while !self.lock.try_take()? {
+            // With that it is not held together with others any more (flock(2)).
+            if self.held.is_some() && !self.lock.try_share()? {
+                self.wait_for_collector();
+                return Err(Errno::AGAIN);
+            }
             if std::time::Instant::now() >= by {
                 return Err(Errno::AGAIN);
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        let listening = collector::listen(state_dir);
-        self.listening = Some(listening.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?);
         Ok(())
     }
 
-    /// Gives all of it back. Blocks.
-    fn end(self) {
-        if let Some(listening) = self.listening {
+    /// The store's own collector has begun in between, without a turn.
+    fn wait_for_collector(&mut self) {
+        let (Some((own, held)), lock) = (self.held.take(), Arc::clone(&self.lock)) else { return };
+        own.set_turn(Turn::collectors());
+        let wait = move || {
+            let _held = held;
+            let _ = lock.share();
+            own.set_turn(Turn::Ours);
+        };
+        // Where there is no thread for it, it stays told of every root.
+        let _ = std::thread::Builder::new().spawn(wait);
+    }
+}
+
+/// Gives all of it back, whoever has let go of it.
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(listening) = self.listening.take() {
             listening.end();
         }
         // Who has waited for it is let in next; else it is let go with the file.
@@ -374,7 +405,8 @@ async fn answer(mut stream: UnixStream, lower: Arc<Lower>) {
         if let Ok(name) = ObjectName::in_path(line.trim_end())
             && let Err(error) = lower.add_temporary(name).await
         {
-            // Nix takes a connection that ends for a collector that does, and begins anew.
+            // Nix takes a connection that ends for a collector that does, and begins anew at once.
+            tokio::time::sleep(Duration::from_millis(100)).await;
             return tracing::warn!("a root for the garbage collector of {} was not kept: {error}", lower.state_dir);
         }
         if writer.write_all(b"1").await.is_err() {

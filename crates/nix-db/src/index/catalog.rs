@@ -143,11 +143,11 @@ impl Catalog {
             // Nix makes it when it uses the store for the first time.
             let upper = self.places.objects.as_ref().map(|objects| &objects.upper);
             let is_unused = self.is_absent && self.rows.is_empty() && !upper.is_some_and(|dir| has_objects(dir));
-            let failure = Failure { absent: self.is_absent, message: error.to_string() };
+            let failure = Failure { message: error.to_string() };
             return (delta, (!is_unused).then_some(failure));
         }
         let blind = self.blind.clone();
-        (delta, blind.map(|message| Failure { absent: false, message }))
+        (delta, blind.map(|message| Failure { message }))
     }
 
     /// Closes the database. It is opened again when it is to be read.
@@ -214,10 +214,10 @@ impl Catalog {
         }
         self.see(&unseen, delta);
         // What is valid under another number is no other path.
-        let added: HashSet<_> = delta.added.iter().cloned().collect();
-        let removed: HashSet<_> = delta.removed.iter().cloned().collect();
-        delta.added.retain(|name| !removed.contains(name));
-        delta.removed.retain(|name| !added.contains(name));
+        let rows = &self.rows;
+        let is_used = |name: &ObjectName| rows.get(name).is_some_and(|held| held.is_used);
+        delta.removed.retain(|name| !is_used(name));
+        delta.added.retain(is_used);
     }
 
     /// Looks in which directories files of these names are.
@@ -303,7 +303,8 @@ fn rows(snapshot: &Snapshot<'_>, after: i64) -> Result<Vec<New>, DatabaseError> 
 
 /// Whether there are store objects in a directory.
 fn has_objects(dir: &Path) -> bool {
-    let Ok(dir) = rustix::fs::open(dir, OPEN, Mode::empty()) else { return false };
+    // Where it cannot be looked, there may be.
+    let Ok(dir) = rustix::fs::open(dir, OPEN, Mode::empty()) else { return true };
     let is_object =
         |entry: rustix::fs::DirEntry| entry.file_name().to_str().is_ok_and(|name| name.parse::<ObjectName>().is_ok());
     Dir::read_from(&dir).is_ok_and(|entries| entries.flatten().any(is_object))

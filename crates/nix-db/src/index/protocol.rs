@@ -99,6 +99,9 @@ pub enum Answer {
         /// Why the database cannot be read.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
+        /// Whether there is no database, which is no failure of a store that was never used.
+        #[serde(default)]
+        absent: bool,
     },
 }
 
@@ -136,8 +139,6 @@ pub struct Lost {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Failure {
-    /// Whether there is none: Nix has not used the store yet, or it was taken away.
-    pub absent: bool,
     /// What is said to people.
     pub message: String,
 }

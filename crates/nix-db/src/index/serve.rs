@@ -68,7 +68,7 @@ struct Store {
     syncs: Vec<u64>,
     /// When it is to be read.
     due: Vec<Instant>,
-    told: Option<(Contents, Option<Failure>)>,
+    told: Option<(Contents, Option<Failure>, bool)>,
 }
 
 /// Answers the daemon at the other end until that goes away.
@@ -236,7 +236,6 @@ impl Index {
             Request::Sync { id, token } => {
                 if let Some(store) = self.stores.get_mut(&id) {
                     store.syncs.push(token);
-                    store.touched = Touched::All;
                     store.by(Instant::now());
                 }
             }
@@ -322,12 +321,12 @@ impl Index {
             }
             return Ok(());
         }
-        let is_watched = !watched.is_empty();
+        let is_whole = watched.len() == watches(catalog.places());
         for (watch, role) in watched {
             is_early |= self.watched.note(watch, id, role);
         }
         let Some(store) = self.stores.get_mut(&id) else { return Ok(()) };
-        store.is_watched |= is_watched;
+        store.is_watched |= is_whole;
         store.reading_since = None;
         let now = Instant::now();
         if is_early {
@@ -336,8 +335,14 @@ impl Index {
             store.touch_all();
             store.database_changed();
         }
-        if catalog.is_unsure() {
+        if catalog.is_unsure() && failure.is_none() {
             store.by(now + UNSURE);
+        }
+        if !store.is_watched && !is_early {
+            store.by(now + FAILED);
+        }
+        if catalog.is_unsure() && failure.is_some() {
+            store.is_watched = false;
         }
         if catalog.is_absent() {
             // Its directory may be there by then that is not now.
@@ -346,9 +351,9 @@ impl Index {
         } else if failure.is_some() {
             store.by(now + FAILED);
         }
-        let contents = catalog.contents().clone();
+        let (contents, absent) = (catalog.contents().clone(), catalog.is_absent());
         store.catalog = Some(catalog);
-        let state = Some((contents, failure));
+        let state = Some((contents, failure, absent));
         let is_news = store.told != state || !synced.is_empty();
         store.told.clone_from(&state);
         if self.stores.values().all(|store| store.reading_since.is_none()) {
@@ -360,8 +365,8 @@ impl Index {
         for removed in delta.removed.chunks(NAMES) {
             self.tell(&Answer::Used { id, added: Vec::new(), removed: removed.into() })?;
         }
-        if let Some((contents, failure)) = state.filter(|_| is_news) {
-            self.tell(&Answer::State { id, synced, contents, failure })?;
+        if let Some((contents, failure, absent)) = state.filter(|_| is_news) {
+            self.tell(&Answer::State { id, synced, contents, failure, absent })?;
         }
         self.daemon.flush()
     }
@@ -370,6 +375,11 @@ impl Index {
         serde_json::to_writer(&mut self.daemon, answer)?;
         self.daemon.write_all(b"\n")
     }
+}
+
+/// How many directories of a store there are to watch.
+fn watches(places: &Places) -> usize {
+    1 + places.objects.iter().flat_map(Objects::dirs).count()
 }
 
 /// Watches the directories of a store, as far as they are there. None of them: nothing is watched.

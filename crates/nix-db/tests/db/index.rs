@@ -70,6 +70,7 @@ struct Daemon {
     id: u64,
     used: BTreeSet<String>,
     token: u64,
+    absent: bool,
 }
 
 impl Daemon {
@@ -78,7 +79,7 @@ impl Daemon {
         std::thread::spawn(move || index::serve(other));
         stream.set_read_timeout(Some(FOR_EVER)).expect("set");
         let answers = BufReader::new(stream.try_clone().expect("cloned"));
-        Self { stream, answers, id: 1, used: BTreeSet::new(), token: 0 }
+        Self { stream, answers, id: 1, used: BTreeSet::new(), token: 0, absent: false }
     }
 
     fn watching(store: &Store) -> Self {
@@ -104,7 +105,8 @@ impl Daemon {
                         assert!(self.used.remove(name.as_str()), "{name} was told");
                     }
                 }
-                Answer::State { id, contents, failure, synced } if id == self.id => {
+                Answer::State { id, contents, failure, synced, absent } if id == self.id => {
+                    self.absent = absent;
                     return (contents, failure, synced);
                 }
                 Answer::Used { .. } | Answer::State { .. } => {}
@@ -261,8 +263,10 @@ fn a_database_that_cannot_be_read_is_said_and_what_was_told_stays() {
     store.has("lower", 1..=3);
     let mut daemon = Daemon::watching(&store);
     assert_eq!(daemon.state().1, None, "Nix has not used it yet");
+    assert!(daemon.absent);
     store.has("upper", 4..=4);
-    assert!(daemon.state().1.expect("said").absent, "whatever it was is not known any more");
+    let said = daemon.state().1.expect("said").message;
+    assert!(said.contains("no database"), "whatever it was is not known any more: {said}");
     store.loses("upper", 4);
     let mut nix = store.nix();
     nix.registers(1..=2);
@@ -270,7 +274,8 @@ fn a_database_that_cannot_be_read_is_said_and_what_was_told_stays() {
     nix.ends();
     let db = store.path("state/db");
     fs::rename(&db, store.path("state/kept")).expect("renamed");
-    daemon.until(|_, failure| failure.is_some_and(|failure| failure.absent));
+    daemon.until(|_, failure| failure.is_some_and(|failure| failure.message.contains("no database")));
+    assert!(daemon.absent);
     fs::create_dir(&db).expect("made");
     fs::write(db.join("schema"), "10").expect("written");
     fs::write(db.join("db.sqlite"), "no database at all, and long enough for the header of one".repeat(100))
@@ -331,7 +336,8 @@ fn what_is_forgotten_is_told_of_no_more_and_what_is_watched_anew_is_told_whole()
     daemon.asks(&Request::Forget { id: 1 });
     nix.registers(3..=3);
     daemon.used.clear();
-    daemon.asks(&Request::Watch { id: 1, places: store.places() });
+    daemon.id = 2;
+    daemon.asks(&Request::Watch { id: 2, places: store.places() });
     assert_eq!(daemon.state().0.lower_paths, 3);
     assert!(daemon.uses(1..=3));
 }
