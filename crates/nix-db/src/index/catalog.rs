@@ -142,7 +142,8 @@ impl Catalog {
             self.close();
             // Nix makes it when it uses the store for the first time.
             let upper = self.places.objects.as_ref().map(|objects| &objects.upper);
-            let is_unused = self.is_absent && self.rows.is_empty() && !upper.is_some_and(|dir| has_objects(dir));
+            let is_gone = was_used(&self.places.db) && upper.is_some_and(|dir| has_objects(dir));
+            let is_unused = self.is_absent && self.rows.is_empty() && !is_gone;
             let failure = Failure { message: error.to_string() };
             return (delta, (!is_unused).then_some(failure));
         }
@@ -299,6 +300,11 @@ fn rows(snapshot: &Snapshot<'_>, after: i64) -> Result<Vec<New>, DatabaseError> 
         true
     })?;
     Ok(new)
+}
+
+/// Whether Nix has used the store whose database is, or was, in a directory: it makes this with the database, and nobody else does.
+fn was_used(db: &Path) -> bool {
+    db.parent().is_some_and(|state_dir| rustix::fs::lstat(state_dir.join("profiles")).is_ok())
 }
 
 /// Whether there are store objects in a directory.

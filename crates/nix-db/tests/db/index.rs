@@ -264,6 +264,7 @@ fn a_database_that_cannot_be_read_is_said_and_what_was_told_stays() {
     let mut daemon = Daemon::watching(&store);
     assert_eq!(daemon.state().1, None, "Nix has not used it yet");
     assert!(daemon.absent);
+    fs::create_dir(store.path("state/profiles")).expect("made");
     store.has("upper", 4..=4);
     let said = daemon.state().1.expect("said").message;
     assert!(said.contains("no database"), "whatever it was is not known any more: {said}");
