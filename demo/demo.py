@@ -334,6 +334,19 @@ def steps(show: Show) -> None:
     status = show.run("layered-stores status ci")
     show.expect(any("1 swap" in line for line in status), "status should tell of the swap")
 
+    show.step(
+        "Garbage is collected in the lower store",
+        """Nothing there keeps the greeting that the programs in the layered store use, and a
+        collector knows nothing of stores on top. The daemon keeps it there, and has the
+        collector wait for some milliseconds until everything is kept that is in use.""",
+    )
+    show.run("nix-store --store /srv/base --add /etc/hostname")
+    show.run("nix-store --store /srv/base --gc")
+    left = show.run("ls /srv/base/nix/store")
+    show.expect(any("-greeting" in line for line in left), "what is used should still be there")
+    show.expect(not any("-hostname" in line for line in left), "what nobody uses should be gone")
+    show.run(f"layered-stores enter ci -- {goodbye}/bin/goodbye")
+
     show.step("A reboot brings it all back", "The mount, its order at boot, and Nix's database.")
     show.run("systemctl enable layered-storesd")
     show.reboot()
@@ -347,7 +360,8 @@ def steps(show: Show) -> None:
     paragraph(
         """Six lines and one service made a writable Nix store over another one that it
         never writes to. When Nix had deleted a path the view was right at once, although a
-        process held the old file open. A reboot lost nothing."""
+        process held the old file open. Garbage collected in the store underneath took nothing
+        away. A reboot lost nothing."""
     )
     say()
     say(paint("Where to go next", BOLD, CYAN))

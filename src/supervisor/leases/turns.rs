@@ -53,6 +53,9 @@ const LATER: Duration = Duration::from_secs(30);
 /// How long a collector that was let in may take to take its lock: one that is woken is seen nowhere until then.
 const TAKE: Duration = Duration::from_millis(500);
 
+/// How long whoever asks waits until all is kept that is in the store's database by then.
+const SYNC: Duration = Duration::from_secs(2);
+
 /// How many processes of one store may ask at a time, and the longest that they may ask, in bytes.
 const CLIENTS: usize = 256;
 const LONGEST: u64 = 512;
@@ -218,7 +221,7 @@ async fn take_turn(lower: &Arc<Lower>, lowers: &Lowers, lock: &Arc<GcLock>) -> i
         match guarded {
             Ok(Ok(guard)) => {
                 match guard.listening.as_ref().map(|listening| listening.listener.try_clone()).transpose() {
-                    Ok(Some(listener)) => drop(serving.spawn(serve(listener, Arc::clone(lower)))),
+                    Ok(Some(listener)) => drop(serving.spawn(serve(listener, Arc::clone(lower), member.clone()))),
                     Ok(None) => continue,
                     Err(error) => {
                         tracing::warn!(store = %name, "{name}: not held during a garbage collection: {error}");
@@ -374,7 +377,7 @@ impl Drop for Guard {
 }
 
 /// Answers the processes that work in one store.
-async fn serve(listener: std::os::unix::net::UnixListener, lower: Arc<Lower>) {
+async fn serve(listener: std::os::unix::net::UnixListener, lower: Arc<Lower>, member: Member) {
     let listener = match listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener)) {
         Ok(listener) => listener,
         Err(error) => return tracing::warn!("cannot answer in the place of a garbage collector: {error}"),
@@ -383,7 +386,7 @@ async fn serve(listener: std::os::unix::net::UnixListener, lower: Arc<Lower>) {
     loop {
         tokio::select! {
             accepted = listener.accept(), if clients.len() < CLIENTS => match accepted {
-                Ok((stream, _)) => drop(clients.spawn(answer(stream, Arc::clone(&lower)))),
+                Ok((stream, _)) => drop(clients.spawn(answer(stream, Arc::clone(&lower), member.clone()))),
                 Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
             },
             Some(_) = clients.join_next() => {}
@@ -392,7 +395,7 @@ async fn serve(listener: std::os::unix::net::UnixListener, lower: Arc<Lower>) {
 }
 
 /// Answers one process: a path a line, and a `1` for each that is kept.
-async fn answer(mut stream: UnixStream, lower: Arc<Lower>) {
+async fn answer(mut stream: UnixStream, lower: Arc<Lower>, member: Member) {
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader);
     loop {
@@ -409,6 +412,9 @@ async fn answer(mut stream: UnixStream, lower: Arc<Lower>) {
             tokio::time::sleep(Duration::from_millis(100)).await;
             return tracing::warn!("a root for the garbage collector of {} was not kept: {error}", lower.state_dir);
         }
+        // What the process has found valid before is in the database, and is not asked for one by one: of a derivation it says that
+        // it is about to use that, and means what that refers to.
+        let _ = tokio::time::timeout(SYNC, sync(&member)).await;
         if writer.write_all(b"1").await.is_err() {
             return;
         }
