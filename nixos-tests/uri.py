@@ -36,8 +36,8 @@ NIX_COMMANDS = [
 
 def contents_of_host() -> str:
     """The machine's own store, and whether Nix has opened it."""
-    # A Nix daemon takes away what its processes leave when it comes to it, and what is kept there for
-    # stores on top of it comes and goes.
+    # A Nix daemon takes away what its processes leave when it comes to it, and what is kept there
+    # for stores on top comes and goes.
     passing = "-name '*-wal' -o -name '*-shm' -o -path '*/temproots/*' -o -name layered-stores"
     return machine.succeed(
         f"ls -A /nix/store; find /nix/var -maxdepth 3 -not \\( {passing} \\) 2>/dev/null || true"
